@@ -1,0 +1,40 @@
+# `make demo` and `make test` need Python 3.11 to 3.13 and a package index; they make .venv themselves.
+# On a machine without a GPU, a CPU build of torch saves gigabytes: make demo TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+PYTHON ?= python3.11
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+# One thread a process: several test processes on few cores otherwise slow each other down tenfold.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: demo test check lint types bench wheel clean
+
+demo: .venv/installed
+	$(BIN)/rlhf run demo
+
+test: .venv/installed
+	$(TEST_ENV) $(BIN)/pytest -n 2 --dist worksteal
+
+check: lint types test
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: .venv/installed
+	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/python tests/bench/up_to_date.py
+
+wheel: .venv/installed
+	bash tests/wheel.sh
+
+clean:
+	rm -rf .venv .rlhf dist .pytest_cache .mypy_cache .ruff_cache
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet $(TORCH)
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""What runs when: the pipeline flow and the command line."""

@@ -1,0 +1,272 @@
+"""The command line ``rlhf``. Exit codes: 0 done, 1 a stage failed, 2 bad input, 130 interrupted.
+
+Nothing heavy is imported before it is needed: planning, and a run of which all is up to date, load neither torch nor
+Prefect nor MLflow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from flows import summary
+from rlhf.artifacts import Store, verify
+from rlhf.config import PipelineConfig
+from rlhf.errors import ArtifactError, InputError, RlhfError
+from rlhf.locations import home_directory
+from rlhf.plan import Planner, Selection, StagePlan
+from rlhf.runs import read_runs
+from rlhf.settings import dump, load, presets
+from rlhf.stages import STAGES
+
+if TYPE_CHECKING:
+    from rlhf.artifacts import Manifest
+
+DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code."""
+    options = _parser().parse_args(arguments)
+    console, errors = Console(), Console(stderr=True)
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # the user's reward functions live there; last, so that nothing is hidden
+    try:
+        return int(options.command(options, console) or DONE)
+    except InputError as error:
+        errors.print(f"rlhf: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return BAD_INPUT
+    except (RlhfError, OSError, RuntimeError) as error:
+        errors.print(f"rlhf: {type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        if os.environ.get("RLHF_TRACEBACK"):
+            raise
+        errors.print("RLHF_TRACEBACK=1 shows where.", style="dim")
+        return FAILED
+    except KeyboardInterrupt:
+        errors.print("rlhf: interrupted; the next run goes on from the last checkpoint")
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def _run(options: argparse.Namespace, console: Console) -> int:
+    config, store, selection = _config(options), _store(options), _selection(options)
+    plans = Planner(config, store, selection).plan()
+    if all(plan.action == "cached" for plan in plans):
+        for plan in plans:
+            store.touch(plan.stage, str(plan.key))
+    else:
+        if not options.json:
+            summary.print_plan(plans, console)
+        _execute(config, selection, store, Console(stderr=True) if options.json else console)
+        console.print() if not options.json else None
+        plans = Planner(config, store, Selection(until=plans[-1].stage)).plan()
+    if options.json:
+        print(json.dumps({"stages": [_plan_row(plan) | {"metrics": _metrics(plan)} for plan in plans]}, indent=1))
+    else:
+        summary.print_result(config, plans, store, console, up_to_date=all(plan.action == "cached" for plan in plans))
+    return DONE
+
+
+def _execute(config: PipelineConfig, selection: Selection, store: Store, console: Console) -> None:
+    """Run the Prefect flow in this process."""
+    from flows.display import make_display
+    from flows.server import configure, prefect_api, wait_until_healthy
+
+    os.environ["RLHF_HOME"] = str(store.home)
+    configure(store.home)
+    with prefect_api(store.home) as url:
+        from flows.pipeline import pipeline, watcher
+
+        wait_until_healthy(url, store.home)
+        display = make_display(console)
+        token = watcher.set(display.watch)
+        try:
+            pipeline(
+                config,
+                only=selection.only,
+                from_stage=selection.start,
+                until=selection.until,
+                refresh=sorted(selection.refresh),
+            )
+        finally:
+            display.close()
+            watcher.reset(token)
+
+
+def _plan(options: argparse.Namespace, console: Console) -> None:
+    plans = Planner(_config(options), _store(options), _selection(options)).plan()
+    if options.json:
+        print(json.dumps([_plan_row(plan) for plan in plans], indent=1))
+    else:
+        summary.print_plan(plans, console)
+
+
+def _presets(options: argparse.Namespace, console: Console) -> None:
+    if options.json:
+        print(json.dumps([preset._asdict() for preset in presets().values()], indent=1))
+        return
+    rows = [(p.name, p.description, p.needs, ", ".join(p.sizes)) for p in presets().values()]
+    summary.print_table(("preset", "what it does", "needs", "sizes"), rows, console)
+
+
+def _show(options: argparse.Namespace, console: Console) -> None:
+    config = _config(options)
+    print(json.dumps(config.model_dump(mode="json"), indent=1) if options.json else dump(config), end="")
+
+
+def _validate(options: argparse.Namespace, console: Console) -> None:
+    config = _config(options)
+    Planner(config, _store(options)).plan()  # the files and functions that it names are there
+    console.print(f"{options.source}: valid; pipeline {config.name!r}", highlight=False, markup=False)
+
+
+def _runs(options: argparse.Namespace, console: Console) -> None:
+    records = read_runs(_store(options).home)
+    if options.json:
+        print(json.dumps([vars(record) for record in records], indent=1))
+        return
+    if not records:
+        console.print("No run yet: rlhf run")
+        return
+    rows = []
+    for record in records[-options.last :]:
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.started))
+        took = summary.duration(record.ended - record.started) if record.ended else ""
+        stages = " ".join(f"{name}{'' if row['cached'] else '*'}" for name, row in record.stages.items())
+        rows.append((record.id, record.pipeline, record.status, began, took, stages))
+    summary.print_table(("run", "pipeline", "status", "began", "took", "stages (* computed)"), rows, console)
+
+
+def _cache_ls(options: argparse.Namespace, console: Console) -> None:
+    store = _store(options)
+    rows: list[dict[str, Any]] = []
+    for path in store.artifacts():
+        stage, key = path.parent.name, path.name
+        try:
+            manifest: Manifest | None = store.open(stage, key)
+            state = "ok"
+        except ArtifactError as error:
+            manifest, state = store.remembered(stage, key), str(error)
+        rows.append({
+            "stage": stage, "key": key, "bytes": manifest.size if manifest else None, "state": state,
+            "pipeline": manifest.pipeline if manifest else None, "last_used": store.last_used(stage, key),
+        })  # fmt: skip
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = [
+        (r["stage"], r["key"][:12], r["pipeline"] or "", summary.size(r["bytes"] or 0),
+         time.strftime("%Y-%m-%d %H:%M", time.localtime(r["last_used"])), r["state"])
+        for r in rows
+    ]  # fmt: skip
+    summary.print_table(("stage", "key", "pipeline", "size", "last used", "state"), table, console)
+    console.print(f"{len(rows)} artifacts, {summary.size(sum(r['bytes'] or 0 for r in rows))} in {store.root}", soft_wrap=True)
+
+
+def _cache_verify(options: argparse.Namespace, console: Console) -> int:
+    store = _store(options)
+    damaged = 0
+    artifacts = list(store.artifacts())
+    for path in artifacts:
+        try:
+            verify(path, thorough=True)
+            store.open(path.parent.name, path.name)
+        except ArtifactError as error:
+            damaged += 1
+            console.print(f"{path}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{len(artifacts) - damaged} of {len(artifacts)} artifacts are as they were written")
+    return FAILED if damaged else DONE
+
+
+def _cache_gc(options: argparse.Namespace, console: Console) -> None:
+    """Keep what the last runs of each pipeline used."""
+    store = _store(options)
+    by_pipeline: dict[str, list[Any]] = {}
+    for record in read_runs(store.home):
+        by_pipeline.setdefault(record.pipeline, []).append(record)
+    keep = {
+        (stage, str(row["key"]))
+        for records in by_pipeline.values()
+        for record in records[-options.keep :]
+        for stage, row in record.stages.items()
+    }
+    deleted = store.collect_garbage(keep, dry_run=options.dry_run)
+    for path, size in deleted:
+        console.print(f"{path}  {summary.size(size)}", highlight=False, markup=False, soft_wrap=True)
+    verb = "would free" if options.dry_run else "freed"
+    console.print(f"{len(deleted)} deleted, {verb} {summary.size(sum(size for _, size in deleted))}")
+
+
+def _config(options: argparse.Namespace) -> PipelineConfig:
+    return load(options.source, size=options.size, overrides=options.set or [])
+
+
+def _store(options: argparse.Namespace) -> Store:
+    return Store(home_directory(options.home))
+
+
+def _selection(options: argparse.Namespace) -> Selection:
+    return Selection(options.only, options.start, options.until, frozenset(options.refresh or ()))
+
+
+def _plan_row(plan: StagePlan) -> dict[str, Any]:
+    return {"stage": plan.stage, "action": plan.action, "reasons": list(plan.reasons), "key": plan.key}
+
+
+def _metrics(plan: StagePlan) -> dict[str, float]:
+    return plan.manifest.metrics if plan.manifest else {}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rlhf", description="RLHF as a cached pipeline: prepare, sft, judge, reward, ppo, evaluate.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    home = argparse.ArgumentParser(add_help=False)
+    home.add_argument("--home", help="folder of all state (default: $RLHF_HOME, else .rlhf)")
+    as_json = argparse.ArgumentParser(add_help=False)
+    as_json.add_argument("--json", action="store_true", help="print JSON, for a program to read")
+    source = argparse.ArgumentParser(add_help=False)
+    source.add_argument("source", nargs="?", default="demo", metavar="PRESET|FILE", help="preset or YAML file (default: demo)")
+    source.add_argument("--size", help="a size that the preset offers, such as smoke")
+    source.add_argument("--set", action="append", metavar="K=V", help="override one value: --set ppo.kl_coef=0.1")
+    select = argparse.ArgumentParser(add_help=False)
+    stages = {"choices": tuple(STAGES), "metavar": "STAGE"}
+    select.add_argument("--only", **stages, help="compute this stage anew and nothing else")
+    select.add_argument("--from", dest="start", **stages, help="compute this stage and all after it anew")
+    select.add_argument("--until", **stages, help="nothing after this stage")
+    select.add_argument("--refresh", action="append", **stages, help="compute this stage anew, the others as needed")
+
+    def add(name: str, function: Any, about: str, *parents: argparse.ArgumentParser, to: Any = commands) -> Any:
+        command = to.add_parser(name, help=about, description=about, parents=[*parents, home])
+        command.set_defaults(command=function)
+        return command
+
+    add("run", _run, "Run the pipeline; stages that are up to date come from the cache.", source, select, as_json)
+    add("plan", _plan, "Show which stages are cached, which would run, and why.", source, select, as_json)
+    add("presets", _presets, "List the presets.", as_json)
+    add("show", _show, "Print the whole configuration of a preset or file.", source, as_json)
+    add("validate", _validate, "Check a configuration, and that the files it names are there.", source)
+    runs = add("runs", _runs, "List the runs on this machine.", as_json)
+    runs.add_argument("--last", type=int, default=20, help="how many (default: 20)")
+    cache = commands.add_parser("cache", help="Look at the artifact store, check it, clean it.")
+    verbs = cache.add_subparsers(required=True, metavar="VERB")
+    add("ls", _cache_ls, "List the artifacts.", as_json, to=verbs)
+    add("verify", _cache_verify, "Hash every file of every artifact.", to=verbs)
+    gc = add("gc", _cache_gc, "Delete artifacts that the last runs of each pipeline did not use.", to=verbs)
+    gc.add_argument("--keep", type=int, default=5, help="runs of each pipeline to keep (default: 5)")
+    gc.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""The exceptions that a user may see. Each message says what is wrong, where, the value, what is allowed, what to do.
+
+Every class is also a standard type, so that code that does not know this project catches it too, and every
+instance pickles, so that it crosses process boundaries.
+"""
+
+
+class RlhfError(Exception):
+    """Base of everything that this project raises on purpose."""
+
+
+class InputError(RlhfError, ValueError):
+    """Something the user gave is wrong; the command line ends with exit code 2."""
+
+
+class ConfigError(InputError):
+    """The configuration cannot be read, or cannot work."""
+
+
+class DataError(InputError):
+    """A data file cannot be read, or a row of it is bad."""
+
+
+class ModelError(InputError):
+    """A model or tokenizer cannot be loaded, or does not fit the rest of the configuration."""
+
+
+class RewardError(RlhfError, ValueError):
+    """A reward or scoring function failed, or returned something that is not one finite number a row."""
+
+
+class NotCachedError(InputError):
+    """A stage was asked to come from the cache (``--only``, ``--from``) and is not there."""
+
+
+class ArtifactError(RlhfError, OSError):
+    """An artifact is missing, incomplete or damaged."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+
+class TrainingError(RlhfError, ArithmeticError):
+    """Training cannot go on: a loss, reward or gradient is not finite."""

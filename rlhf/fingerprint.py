@@ -1,0 +1,127 @@
+"""Fingerprints of code: which modules a stage really imports, and what they say.
+
+A fingerprint is taken from the syntax tree without docstrings, so that comments, docstrings and layout change
+nothing. The import closure is static: every import of a ``rlhf`` module in a file counts, also inside a function;
+those under ``if TYPE_CHECKING`` do not, since they never run.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "rlhf"
+
+# These move, lock, log and check; no number of a result comes from them. A test holds this list against what the
+# stages really import, so that a module is either fingerprinted or named here.
+WITHOUT_NUMBERS = frozenset(
+    f"rlhf.{name}" if name else "rlhf"
+    for name in (
+        "", "artifacts", "checkpoints", "config", "context", "errors", "explain", "fingerprint", "hashing", "hub",
+        "locations", "locks", "plan", "runs", "settings", "stages", "tracker",
+    )
+)  # fmt: skip
+
+
+def module_file(module: str) -> Path | None:
+    """The source file of a module of this package, or None if there is no such module."""
+    base = ROOT.joinpath(*module.split("."))
+    for path in (base / "__init__.py", base.with_suffix(".py")):
+        if path.is_file():
+            return path
+    return None
+
+
+def import_closure(module: str) -> dict[str, Path]:
+    """Every ``rlhf`` module that importing and running ``module`` can load, by name, those without numbers left out."""
+    found: dict[str, Path] = {}
+    waiting = [module]
+    while waiting:
+        name = waiting.pop()
+        path = module_file(name)
+        if path is None or name in found or name in WITHOUT_NUMBERS:
+            continue
+        found[name] = path
+        waiting.extend(_imports(name, path))
+    return dict(sorted(found.items()))
+
+
+def code_fingerprint(path: Path) -> str:
+    """sha256 of a Python file's syntax tree, docstrings left out.
+
+    Raises:
+        ConfigError: the file is not valid Python.
+    """
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError as error:
+        raise ConfigError(f"{path}, line {error.lineno}: not valid Python: {error.msg}") from None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            first = node.body[0] if node.body else None
+            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+                node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def function_file(reference: str) -> Path:
+    """The source file of a user's function named as ``package.module:function`` or ``path/to/file.py:function``.
+
+    Nothing is imported: the module is looked up in the working folder and on ``sys.path``.
+
+    Raises:
+        ConfigError: there is no such file or module.
+    """
+    module, _, function = reference.rpartition(":")
+    if not module or not function.isidentifier():
+        raise ConfigError(f"{reference!r} names no function; write `module:function` or `path/to/file.py:function`")
+    if module.endswith(".py"):
+        path = Path(module).expanduser()
+        if not path.is_file():
+            raise ConfigError(f"{reference!r}: there is no file {path.resolve()}")
+        return path
+    parts = module.split(".")
+    for folder in (ROOT, Path.cwd(), *map(Path, sys.path)):
+        base = folder.joinpath(*parts)
+        for path in (base.with_suffix(".py"), base / "__init__.py"):
+            if path.is_file():
+                return path
+    raise ConfigError(
+        f"{reference!r}: no module {module!r} in {Path.cwd()} or among the installed packages; "
+        "a file can be named directly: `path/to/file.py:function`"
+    )
+
+
+def _imports(name: str, path: Path) -> Iterator[str]:
+    """Names of the package's modules that a file may import, parents included (their ``__init__`` runs too)."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in _running_nodes(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        else:
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, base] if base else above)
+            modules = [base, *(f"{base}.{alias.name}" for alias in node.names)]
+        for module in modules:
+            parts = module.split(".")
+            if parts[0] == PACKAGE:
+                yield from (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+
+
+def _running_nodes(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            for other in node.orelse:
+                yield from _running_nodes(other)
+        else:
+            yield from _running_nodes(node)

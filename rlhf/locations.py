@@ -1,0 +1,52 @@
+"""Where things lie: the home folder of a pipeline's state, and the embedded demo data."""
+
+from __future__ import annotations
+
+import os
+from difflib import get_close_matches
+from pathlib import Path
+
+from rlhf.errors import DataError
+
+DEMO_PREFIX = "demo:"
+
+
+def home_directory(given: str | None = None) -> Path:
+    """The folder of all state (artifacts, runs, databases): ``given``, else ``RLHF_HOME``, else ``./.rlhf``."""
+    return Path(given or os.environ.get("RLHF_HOME") or ".rlhf").expanduser().resolve()
+
+
+def demo_data_directory() -> Path:
+    """Where the demo data lies: inside the installed package, or in ``data/`` of a checkout."""
+    packaged = Path(__file__).parent / "demo_data"
+    return packaged if packaged.is_dir() else Path(__file__).parent.parent / "data"
+
+
+def data_path(name: str) -> Path:
+    """The path that a file name in the configuration stands for; ``demo:x`` is a file of the demo data."""
+    if name.startswith(DEMO_PREFIX):
+        return demo_data_directory() / name.removeprefix(DEMO_PREFIX)
+    return Path(name).expanduser()
+
+
+def matching_files(name: str, where: str) -> list[Path]:
+    """The files that one entry of the configuration names; a pattern with ``*`` may name many.
+
+    Raises:
+        DataError: there is none.
+    """
+    path = data_path(name)
+    if any(character in name for character in "*?["):
+        found = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path)))
+        if not found:
+            raise DataError(f"{where}: no file matches {name!r} (looked in {path.parent.resolve()})")
+        return found
+    if not path.exists():
+        raise DataError(f"{where}: there is no file {path.resolve()}{_hint(path)}")
+    return [path]
+
+
+def _hint(path: Path) -> str:
+    names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = get_close_matches(path.name, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

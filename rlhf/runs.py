@@ -1,0 +1,48 @@
+"""The record of every pipeline run on this machine: ``<home>/runs/<run id>/run.json``."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+RECORD = "run.json"
+
+
+@dataclass
+class RunRecord:
+    """What a run was asked and what became of it. Times are unix seconds.
+
+    ``stages`` maps each stage that finished to its ``key``, ``digest``, whether it was ``cached``, and ``seconds``.
+    """
+
+    id: str
+    pipeline: str
+    status: Literal["running", "done", "failed", "interrupted"]
+    started: float
+    ended: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+    error: str = ""
+
+    def write(self, home: Path) -> None:
+        """Replace the record in one step."""
+        path = home / "runs" / self.id / RECORD
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(self), indent=1), encoding="utf-8")
+        os.replace(temporary, path)
+
+
+def read_runs(home: Path) -> list[RunRecord]:
+    """All runs, oldest first. A record that cannot be read is left out."""
+    records = []
+    for path in sorted((home / "runs").glob(f"*/{RECORD}")):
+        try:
+            records.append(RunRecord(**json.loads(path.read_text(encoding="utf-8"))))
+        except (ValueError, TypeError):
+            continue
+    return records

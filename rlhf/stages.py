@@ -1,0 +1,119 @@
+"""The stages of the pipeline, in their order: one table that everything else reads.
+
+A stage has one name everywhere: command line, config section, module, Prefect task, artifact folder, metric prefix
+and MLflow run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from rlhf.config import PipelineConfig
+
+
+
+class Stage(NamedTuple):
+    """What a stage is made of.
+
+    ``settings`` are the config sections and fields that shape its numbers; the seed shapes all of them.
+    ``inputs`` maps an earlier stage to the parts of its artifact (top-level files and folders) that this stage may
+    read: only their digests are in the cache key, so that a change elsewhere leaves this stage cached.
+    """
+
+    name: str
+    module: str  # has run(context) -> dict[str, float]
+    settings: tuple[str, ...]
+    inputs: dict[str, tuple[str, ...]]
+    libraries: tuple[str, ...]  # distributions whose versions shape its numbers
+    reads_base: bool = False  # whether it opens the base model even when there is an SFT policy
+
+
+_LORA = ("model.lora_rank", "model.lora_alpha")
+_RANDOM_MODEL = tuple(f"model.{name}" for name in ("init", "architecture", "layers", "width", "heads", "context", "vocab_size"))
+_TORCH = ("torch", "transformers", "tokenizers", "accelerate", "peft")
+
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            name="prepare",
+            module="rlhf.prepare",
+            settings=("data", *_RANDOM_MODEL),
+            inputs={},
+            libraries=("torch", "transformers", "tokenizers", "pyarrow"),
+            reads_base=True,
+        ),
+        Stage(
+            name="sft",
+            module="rlhf.sft",
+            settings=("sft", *_LORA),
+            inputs={"prepare": ("demonstrations", "base")},
+            libraries=(*_TORCH, "trl", "datasets"),
+            reads_base=True,
+        ),
+        Stage(
+            name="judge",
+            module="rlhf.judge",
+            settings=("judge",),
+            inputs={"prepare": ("preferences",)},
+            libraries=("pyarrow",),
+        ),
+        Stage(
+            name="reward",
+            module="rlhf.reward",
+            settings=("reward", *_LORA),
+            inputs={
+                "prepare": ("demonstrations", "preferences", "base"),
+                "sft": ("model",),
+                "judge": ("preferences",),
+            },
+            libraries=(*_TORCH, "trl", "datasets"),
+        ),
+        Stage(
+            name="ppo",
+            module="rlhf.ppo.stage",
+            settings=("ppo", *_LORA),
+            inputs={"prepare": ("prompts", "base"), "sft": ("model",), "reward": ("model",)},
+            libraries=_TORCH,
+        ),
+        Stage(
+            name="evaluate",
+            module="rlhf.evaluate",
+            settings=("evaluate",),
+            inputs={
+                "prepare": ("prompts", "base"),
+                "sft": ("model",),
+                "reward": ("model", "scores.parquet"),
+                "ppo": ("model", "curves.parquet"),
+            },
+            libraries=(*_TORCH, "rouge-score", "sacrebleu", "nltk", "evaluate", "matplotlib"),
+            reads_base=True,
+        ),
+    )
+}
+
+
+def enabled_stages(config: PipelineConfig) -> tuple[str, ...]:
+    """Names of the stages that are on, in their order. ``prepare`` always is."""
+    return tuple(name for name in STAGES if name == "prepare" or getattr(config, name).enabled)
+
+
+def stage_inputs(name: str, config: PipelineConfig) -> dict[str, tuple[str, ...]]:
+    """The inputs that a stage has under this configuration: none from stages that are off.
+
+    The base model counts only where it is read: made by ``prepare`` (``model.init: random``), and by a stage
+    that needs it beside, or in place of, the SFT policy.
+    """
+    on = enabled_stages(config)
+    found = {source: parts for source, parts in STAGES[name].inputs.items() if source in on}
+    if "prepare" in found and not (config.model.init == "random" and reads_base(name, config)):
+        found["prepare"] = tuple(part for part in found["prepare"] if part != "base")
+    if "judge" in found and "prepare" in found:  # the judge passes the preferences on
+        found["prepare"] = tuple(part for part in found["prepare"] if part != "preferences")
+    return found
+
+
+def reads_base(name: str, config: PipelineConfig) -> bool:
+    """Whether a stage opens the model as it was before any training."""
+    return STAGES[name].reads_base or ("sft" in STAGES[name].inputs and "sft" not in enabled_stages(config))

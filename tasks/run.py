@@ -1,0 +1,59 @@
+"""What the tasks of one pipeline run share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rlhf.artifacts import Manifest, Store
+from rlhf.config import PipelineConfig
+from rlhf.plan import Planner, Selection, StagePlan
+from rlhf.tracker import Entry, Listener, Progress
+from tasks.journal import RunJournal
+
+Watcher = Callable[[str, Entry | Progress], None]
+
+
+@dataclass
+class Run:
+    """One run of the pipeline in this process.
+
+    ``watcher`` sees every point and progress of every stage (the live display). ``computed`` names the stages that
+    this process computed itself; all others came from the cache.
+    """
+
+    id: str
+    config: PipelineConfig
+    store: Store
+    selection: Selection
+    journal: RunJournal
+    watcher: Watcher | None = None
+    computed: set[str] = field(default_factory=set)
+    plans: dict[str, StagePlan] = field(default_factory=dict)
+    manifests: dict[str, Manifest] = field(default_factory=dict)
+
+    def decide(self, stage: str) -> StagePlan:
+        """Plan one stage from what the stages before it gave."""
+        planner = Planner(self.config, self.store, self.selection)
+        self.plans[stage] = planner.decide(stage, self.manifests)
+        return self.plans[stage]
+
+    def directory(self, stage: str) -> Path:
+        """Where the artifact of a stage that is done lies."""
+        return self.store.path(stage, self.manifests[stage].key)
+
+    def listener(self, stage: str) -> Listener:
+        """What a stage's tracker tells: to the journal, and to whoever watches."""
+        to_journal = self.journal.listener(stage)
+
+        def listen(event: Entry | Progress) -> None:
+            to_journal(event)
+            if self.watcher is not None:
+                self.watcher(stage, event)
+
+        return listen
+
+
+current_run: ContextVar[Run] = ContextVar("current_run")

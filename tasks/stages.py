@@ -1,0 +1,149 @@
+"""One cached Prefect task per stage.
+
+The task's result is a small JSON reference to an artifact. Reading it back verifies the artifact: where that fails,
+Prefect counts a cache miss and the stage runs again. Prefect's cache key is ours (``rlhf.plan``), computed before the
+task is called, since an error in a cache key function would only be logged and leave the task uncached.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any, Self
+
+import prefect
+from prefect.cache_policies import CacheKeyFnPolicy
+from prefect.transactions import IsolationLevel
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from rlhf.artifacts import JOURNAL, Manifest, Store, make_manifest
+from rlhf.context import Context
+from rlhf.errors import ArtifactError
+from rlhf.plan import StagePlan
+from rlhf.stages import STAGES, stage_inputs
+from rlhf.tracker import JournalTracker
+from tasks.locks import FlockLockManager
+from tasks.run import Run, current_run
+
+log = logging.getLogger(__name__)
+
+
+class ArtifactRef(BaseModel):
+    """A reference to a stage's artifact; making one verifies the artifact.
+
+    Raises:
+        ValueError: the artifact is missing or damaged, or is not the one meant.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    home: str
+    stage: str
+    key: str
+    digest: str
+
+    @model_validator(mode="after")
+    def _verified(self) -> Self:
+        try:
+            manifest = self.manifest()
+        except ArtifactError as error:
+            log.warning("%s/%s cannot be reused: %s", self.stage, self.key, error)  # Prefect says nothing of it
+            raise ValueError(str(error)) from None
+        if manifest.digest != self.digest:
+            raise ValueError(f"{self.stage}/{self.key} has digest {manifest.digest}, not {self.digest}")
+        return self
+
+    def manifest(self) -> Manifest:
+        """Open the artifact. Raises ArtifactError when it does not verify."""
+        return Store(Path(self.home)).open(self.stage, self.key)
+
+
+def run_stage(plan: StagePlan) -> ArtifactRef:
+    """Run one stage as its Prefect task, or take it from the cache."""
+    run = current_run.get()
+    refresh = run.selection.computes(plan.stage, run.config)
+    policy = CacheKeyFnPolicy(cache_key_fn=_cache_key).configure(
+        lock_manager=FlockLockManager(run.store.lock_path("x", "x").parent), isolation_level=IsolationLevel.SERIALIZABLE
+    )
+    task = TASKS[plan.stage].with_options(
+        cache_policy=policy, result_storage=run.store.home / "results", refresh_cache=refresh
+    )
+    # The task gets what a person wants to see of it in Prefect's UI; the rest comes from the run.
+    return task(stage=plan.stage, key=str(plan.key), reasons=list(plan.reasons))
+
+
+def compute(run: Run, stage: str, key: str) -> ArtifactRef:
+    """Compute a stage and publish its artifact; the caller holds the lock of its key.
+
+    An earlier attempt's checkpoints are found again. Nothing is published unless the stage returns.
+    """
+    if not run.selection.computes(stage, run.config):
+        try:  # computed before, but Prefect's record of it is gone
+            return _reference(run.store, run.store.open(stage, key))
+        except ArtifactError:
+            pass
+    run.computed.add(stage)
+    work = run.store.work_directory(stage, key)
+    out = work / "out"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    context = Context(
+        stage=stage,
+        config=run.config,
+        inputs={source: run.directory(source) for source in stage_inputs(stage, run.config)},
+        out=out,
+        checkpoints=work / "checkpoints",
+        tracker=JournalTracker(work / JOURNAL, run.listener(stage)),
+    )
+    context.checkpoints.mkdir(exist_ok=True)
+    started = time.time()
+    run.journal.start_stage(stage, tags={"rlhf.stage": stage, "rlhf.cache": "miss", "rlhf.key": key})
+    metrics = importlib.import_module(STAGES[stage].module).run(context)
+    if (work / JOURNAL).exists():
+        (work / JOURNAL).rename(out / JOURNAL)
+    manifest = make_manifest(
+        out,
+        stage=stage,
+        key=key,
+        ingredients=dict(run.plans[stage].ingredients),
+        pipeline=run.config.name,
+        metrics=dict(sorted(metrics.items())),
+        run_id=run.id,
+        device=_device(run),
+        started=started,
+        seconds=time.time() - started,
+    )
+    run.store.publish(out, manifest)
+    shutil.rmtree(work)
+    return _reference(run.store, manifest)
+
+
+def _task(stage: str) -> prefect.Task[..., ArtifactRef]:
+    def body(stage: str, key: str, reasons: list[str]) -> ArtifactRef:
+        return compute(current_run.get(), stage, key)
+
+    return prefect.task(
+        name=stage, task_run_name=stage, persist_result=True, result_serializer="json", cache_result_in_memory=False
+    )(body)
+
+
+def _cache_key(context: Any, parameters: dict[str, Any]) -> str:
+    return f"{parameters['stage']}-{parameters['key']}"
+
+
+def _reference(store: Store, manifest: Manifest) -> ArtifactRef:
+    return ArtifactRef(home=str(store.home), stage=manifest.stage, key=manifest.key, digest=manifest.digest)
+
+
+def _device(run: Run) -> str:
+    import torch
+
+    cuda = run.config.resources.device != "cpu" and torch.cuda.is_available()
+    return torch.cuda.get_device_name() if cuda else f"cpu ({os.cpu_count()} cores)"
+
+
+TASKS = {stage: _task(stage) for stage in STAGES}

@@ -1,0 +1,88 @@
+"""What of a pipeline run goes to MLflow, written to the run's journal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf.artifacts import JOURNAL, Manifest
+from rlhf.config import PipelineConfig
+from rlhf.settings import dump
+from tasks.journal import PARENT
+from tasks.run import Run
+
+# The decisions that one compares runs by; the whole configuration is an artifact of the run.
+PARAMS = (
+    "seed", "model.init", "model.path", "model.architecture", "model.layers", "model.width", "model.lora_rank",
+    "sft.enabled", "sft.epochs", "sft.batch_size", "sft.learning_rate",
+    "reward.enabled", "reward.path", "reward.epochs", "reward.batch_size", "reward.learning_rate", "reward.center",
+    "ppo.enabled", "ppo.rewards", "ppo.updates", "ppo.episodes", "ppo.epochs", "ppo.minibatches", "ppo.learning_rate",
+    "ppo.kl_coef", "ppo.kl_control", "ppo.temperature", "ppo.max_new_tokens", "ppo.clip_range", "ppo.missing_eos",
+    "evaluate.prompts", "evaluate.temperature",
+)  # fmt: skip
+
+# The columns that the table of runs shows, where they exist.
+COLUMNS = (
+    "metrics.evaluate/win_rate/gold", "metrics.evaluate/win_rate/reward", "metrics.evaluate/ppo/kl",
+    "metrics.evaluate/ppo/reward", "metrics.evaluate/sft/reward", "metrics.evaluate/ppo/rougeL",
+    "metrics.reward/test_accuracy", "params.ppo.kl_coef", "params.ppo.learning_rate", "params.seed",
+)  # fmt: skip
+
+
+def begin(run: Run, note: str = "") -> None:
+    """Start the parent run: decisions as parameters, the whole configuration as an artifact."""
+    run.journal.start(
+        run.config.name,
+        experiment=run.config.tracking.experiment,
+        params={name: _value(run.config, name) for name in PARAMS},
+        tags={"rlhf.kind": "pipeline", "rlhf.pipeline": run.config.name},
+        note=note,
+        columns=COLUMNS,
+    )
+    run.journal.text(PARENT, "config.yaml", dump(run.config))
+
+
+def record(run: Run, stage: str, manifest: Manifest) -> None:
+    """Add a finished stage: computed in this run, or taken from the cache with its curves as they were."""
+    computed = stage in run.computed
+    if not computed:
+        run.journal.start_stage(
+            stage,
+            tags={"rlhf.stage": stage, "rlhf.cache": "hit", "rlhf.key": manifest.key},
+            computed_by=manifest.run_id or None,
+            note=f"Taken from the cache; computed by the run {manifest.run_id} in {manifest.seconds:.0f} s.",
+        )
+        run.journal.replay(stage, run.directory(stage) / JOURNAL)
+    run.journal.tags(
+        stage, {"rlhf.digest": manifest.digest, "rlhf.seconds": f"{manifest.seconds:.1f}", "rlhf.device": manifest.device}
+    )
+    run.journal.finals(stage, manifest.metrics)
+    for name, digest in manifest.ingredients.items():
+        if name.startswith("data."):
+            run.journal.dataset(stage, name.split(" ", 1)[-1], digest, source=name)
+    _files(run, stage, manifest)
+    run.journal.end(stage)
+
+
+def _files(run: Run, stage: str, manifest: Manifest) -> None:
+    """Reports, plots, tables and models, by what they are called."""
+    directory = run.directory(stage)
+    for part, digest in manifest.parts.items():
+        path = directory / part
+        if part in ("model", "value_model"):
+            run.journal.model(stage, f"{stage}-{part}".replace("_", "-"), path, digest, kind=stage)
+        elif part == "samples.parquet":
+            run.journal.table(stage, path)
+        elif part == "plots":
+            run.journal.artifact(stage, path, part)
+        elif path.suffix in (".json", ".html"):
+            run.journal.artifact(stage, path)
+    run.journal.artifact(stage, directory / "manifest.json")
+
+
+def _value(config: PipelineConfig, name: str) -> Any:
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+

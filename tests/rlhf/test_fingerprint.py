@@ -1,0 +1,106 @@
+"""What a stage's code fingerprint sees, and what it does not."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf import fingerprint
+from rlhf.errors import ConfigError
+from rlhf.fingerprint import WITHOUT_NUMBERS, code_fingerprint, function_file, import_closure
+from rlhf.stages import STAGES
+
+CODE = '''"""Module."""
+def f(x):
+    """Add."""
+    # a comment
+    return x + 1
+'''
+
+
+def of(tmp_path: Path, code: str) -> str:
+    (tmp_path / "code.py").write_text(code)
+    return code_fingerprint(tmp_path / "code.py")
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        CODE.replace("# a comment", "# another comment"),
+        CODE.replace('"""Add."""', '"""Add one."""'),
+        CODE.replace('    """Add."""\n', ""),
+        CODE.replace("return x + 1", "return (x+1)"),
+        CODE.replace('"""Module."""\n', "\n\n"),
+    ],
+)
+def test_comments_docstrings_and_layout_do_not_count(tmp_path: Path, same: str) -> None:
+    assert of(tmp_path, CODE) == of(tmp_path, same)
+
+
+@pytest.mark.parametrize("other", [CODE.replace("+ 1", "+ 2"), CODE.replace("x +", "x -"), CODE + "\ny = 1\n"])
+def test_code_counts(tmp_path: Path, other: str) -> None:
+    assert of(tmp_path, CODE) != of(tmp_path, other)
+
+
+def test_a_function_of_only_a_docstring_has_a_fingerprint(tmp_path: Path) -> None:
+    assert of(tmp_path, 'def f():\n    """Only this."""\n') == of(tmp_path, 'def f():\n    """Or this."""\n')
+
+
+def test_broken_code_names_the_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"code.py, line 2: not valid Python"):
+        of(tmp_path, "x = 1\nx = = 2\n")
+
+
+def test_imports_in_functions_count_and_those_for_types_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "rlhf"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "a.py").write_text(
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from rlhf import typed\n"
+        "def f():\n    from . import late\n    import rlhf.sub.deep\n"
+    )
+    for name in ("typed", "late"):
+        (package / f"{name}.py").touch()
+    (package / "sub").mkdir()
+    (package / "sub" / "__init__.py").touch()
+    (package / "sub" / "deep.py").touch()
+    monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
+    assert list(import_closure("rlhf.a")) == ["rlhf.a", "rlhf.late", "rlhf.sub", "rlhf.sub.deep"]
+
+
+@pytest.mark.parametrize("stage", list(STAGES))
+def test_the_closure_is_what_a_stage_really_imports(stage: str) -> None:
+    """Every rlhf module that is loaded is fingerprinted or named as one without numbers; none is named in vain."""
+    module = STAGES[stage].module
+    code = f"import sys, {module}; print(*sorted(m for m in sys.modules if m.split('.')[0] == 'rlhf'))"
+    loaded = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    really = set(loaded.stdout.split()) - WITHOUT_NUMBERS
+    assert really <= set(import_closure(module))
+
+
+def test_ppo_code_concerns_ppo_and_what_comes_after() -> None:
+    with_core = {stage for stage, spec in STAGES.items() if "rlhf.ppo.core" in import_closure(spec.module)}
+    assert "ppo" in with_core
+    assert with_core <= {"ppo", "evaluate"}
+
+
+def test_every_module_without_numbers_exists() -> None:
+    assert [name for name in WITHOUT_NUMBERS if fingerprint.module_file(name) is None] == []
+
+
+def test_function_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rewards.py").write_text("def brief(prompts, responses): ...")
+    assert function_file("rewards:brief") == tmp_path / "rewards.py"
+    assert function_file(f"{tmp_path}/rewards.py:brief") == tmp_path / "rewards.py"
+    assert function_file("rlhf.demo:gold_score").name == "demo.py"
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [("nothing", "names no function"), ("no_such_module:f", "no module 'no_such_module'"), ("missing.py:f", "there is no file")],
+)
+def test_a_function_that_is_not_there(reference: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        function_file(reference)
