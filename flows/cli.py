@@ -80,27 +80,27 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 def _execute(config: PipelineConfig, selection: Selection, store: Store, console: Console) -> None:
     """Run the Prefect flow in this process."""
     from flows.display import make_display
-    from flows.server import configure, prefect_api, wait_until_healthy
+    from flows.server import configure, start_prefect_api, wait_until_healthy
 
     os.environ["RLHF_HOME"] = str(store.home)
     configure(store.home)
-    with prefect_api(store.home) as url:
-        from flows.pipeline import pipeline, watcher
+    url = start_prefect_api(store.home)
+    from flows.pipeline import pipeline, watcher
 
-        wait_until_healthy(url, store.home)
-        display = make_display(console)
-        token = watcher.set(display.watch)
-        try:
-            pipeline(
-                config,
-                only=selection.only,
-                from_stage=selection.start,
-                until=selection.until,
-                refresh=sorted(selection.refresh),
-            )
-        finally:
-            display.close()
-            watcher.reset(token)
+    wait_until_healthy(url, store.home)
+    display = make_display(console)
+    token = watcher.set(display.watch)
+    try:
+        pipeline(
+            config,
+            only=selection.only,
+            from_stage=selection.start,
+            until=selection.until,
+            refresh=sorted(selection.refresh),
+        )
+    finally:
+        display.close()
+        watcher.reset(token)
 
 
 def _plan(options: argparse.Namespace, console: Console) -> None:

@@ -5,6 +5,7 @@ This module imports neither torch nor MLflow nor TRL; a stage's libraries load w
 
 import secrets
 import time
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -17,8 +18,9 @@ from rlhf.plan import Planner, Selection
 from rlhf.runs import RunRecord
 from tasks import tracking
 from tasks.journal import RunJournal
-from tasks.mlflow_sync import Shipper, default_uri
+from tasks.mlflow_server import default_uri
 from tasks.run import Run, Watcher, current_run
+from tasks.shipper import Shipper
 from tasks.stages import run_stage
 
 StageName = Literal["prepare", "sft", "judge", "reward", "ppo", "evaluate"]
@@ -66,7 +68,7 @@ def pipeline(
     )
     token = current_run.set(run)
     try:
-        with Shipper(journal.directory, config.tracking.uri or default_uri(store.home)), journal:
+        with _shipper(run), journal:
             record.write(store.home)
             tracking.begin(run)
             for stage in selection.stages(config):
@@ -83,6 +85,14 @@ def pipeline(
         record.write(store.home)
         current_run.reset(token)
     return {"run_id": run.id, "stages": record.stages}
+
+
+def _shipper(run: Run) -> AbstractContextManager[Any]:
+    """What carries the run's journal to MLflow while it is written, and waits for the rest at the end."""
+    tracking = run.config.tracking
+    if not tracking.enabled:
+        return nullcontext()
+    return Shipper(run.journal.directory, tracking.uri or default_uri(run.store.home))
 
 
 def _stage(run: Run, stage: str) -> dict[str, Any]:

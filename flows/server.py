@@ -4,14 +4,14 @@ Prefect would start a temporary server itself, but leave it behind when the run 
 run, and starts while torch is still being imported. Its database (``<home>/prefect``) keeps the history of runs.
 """
 
+import atexit
 import ctypes
 import os
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from pathlib import Path
 
 START_TIMEOUT_SECONDS = 120.0
@@ -27,22 +27,24 @@ def configure(home: Path) -> None:
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
 
-@contextmanager
-def prefect_api(home: Path) -> Iterator[str]:
-    """The URL of a Prefect API: the configured one, or a server of this run's own that ends with it.
+def start_prefect_api(home: Path) -> str:
+    """The URL of a Prefect API: the configured one, or that of a server of this process's own.
 
-    Raises:
-        RuntimeError: the server ended, or did not answer in time.
+    Call it before Prefect is imported: what Prefect sends at its exit must still find the server, and exit functions
+    run in the reverse order of their registration.
     """
-    configured = os.environ.get("PREFECT_API_URL")
-    if configured:
-        yield configured
-        return
-    port = _free_port()
-    log = home / "prefect" / "server.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
-        server = subprocess.Popen(
+    if "PREFECT_API_URL" in os.environ:
+        return os.environ["PREFECT_API_URL"]
+    port = free_port()
+    atexit.register(_stop, spawn_server(home, port))
+    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    return os.environ["PREFECT_API_URL"]
+
+
+def spawn_server(home: Path, port: int) -> subprocess.Popen[bytes]:
+    """Start Prefect's API, without its UI and scheduler, on a port of the loopback; it ends with this process."""
+    with _log(home).open("ab") as output:
+        return subprocess.Popen(
             [
                 *(sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"),
                 *("--host", "127.0.0.1", "--port", str(port), "--log-level", "error", "--lifespan", "on"),
@@ -59,17 +61,6 @@ def prefect_api(home: Path) -> Iterator[str]:
             stdin=subprocess.DEVNULL,
             preexec_fn=_die_with_parent,
         )
-    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-    try:
-        yield os.environ["PREFECT_API_URL"]
-    finally:
-        del os.environ["PREFECT_API_URL"]
-        server.terminate()
-        try:
-            server.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
 
 
 def wait_until_healthy(url: str, home: Path) -> None:
@@ -78,8 +69,6 @@ def wait_until_healthy(url: str, home: Path) -> None:
     Raises:
         RuntimeError: it did not within ``START_TIMEOUT_SECONDS``; the message names its log.
     """
-    import time
-
     import httpx
 
     deadline = time.monotonic() + START_TIMEOUT_SECONDS
@@ -91,10 +80,26 @@ def wait_until_healthy(url: str, home: Path) -> None:
         except httpx.HTTPError as error:
             why = f"{type(error).__name__}: {error}"
         time.sleep(0.05)
-    raise RuntimeError(f"Prefect's API at {url} does not answer ({why}); see {home / 'prefect' / 'server.log'}")
+    raise RuntimeError(f"Prefect's API at {url} does not answer ({why}); see {_log(home)}")
 
 
-def _free_port() -> int:
+def _stop(server: subprocess.Popen[bytes]) -> None:
+    server.terminate()
+    try:
+        server.wait(timeout=10)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+
+
+def _log(home: Path) -> Path:
+    path = home / "prefect" / "server.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def free_port() -> int:
+    """A port of the loopback that nothing listens on now."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])

@@ -293,6 +293,9 @@ class Resources(Section):
 class Tracking(Section):
     """Where metrics go; none of it is in a cache key."""
 
+    enabled: bool = Field(
+        True, description="Whether runs go to MLflow; when false, their journals stay on this machine, unsent."
+    )
     uri: str | None = Field(
         None, description="MLflow tracking URI; default: a SQLite file in the home folder. Never put credentials here."
     )

@@ -1,0 +1,49 @@
+"""Shared by all tests: no network, no state outside the test's folder, one Prefect API per test process."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from flows.server import configure, free_port, spawn_server, wait_until_healthy
+
+# Prefect reads its settings when it is first imported, so the environment is set before any test module is.
+_STATE = Path(tempfile.mkdtemp(prefix="rlhf-tests-"))
+_PORT = free_port()
+os.environ.update(HF_HUB_OFFLINE="1", MLFLOW_DISABLE_TELEMETRY="true", MPLBACKEND="Agg", PREFECT_HOME=str(_STATE / "prefect"))
+os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{_PORT}/api"
+configure(_STATE)
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test has a home folder of its own."""
+    monkeypatch.setenv("RLHF_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture(scope="session")
+def prefect_api() -> Iterator[str]:
+    """A Prefect API of this test process's own."""
+    server = spawn_server(_STATE, _PORT)
+    wait_until_healthy(os.environ["PREFECT_API_URL"], _STATE)
+    yield os.environ["PREFECT_API_URL"]
+    server.kill()
+    server.wait()
+
+
+@pytest.fixture
+def rlhf(prefect_api: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command line in this process: exit code, standard output, standard error."""
+    from flows.cli import main
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = main(arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call

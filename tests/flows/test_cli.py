@@ -1,0 +1,95 @@
+"""The command line: what it prints, what it refuses, and how."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+Rlhf = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def rlhf(capsys: pytest.CaptureFixture[str]) -> Rlhf:
+    """The command line in this process, for verbs that need no Prefect."""
+    from flows.cli import main
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = main(arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_presets_are_listed(rlhf: Rlhf) -> None:
+    code, out, _ = rlhf("presets", "--json")
+    assert code == 0
+    demo = next(preset for preset in json.loads(out) if preset["name"] == "demo")
+    assert "smoke" in demo["sizes"]
+
+
+def test_show_prints_a_configuration_that_loads(rlhf: Rlhf, tmp_path: Path) -> None:
+    _, out, _ = rlhf("show", "demo", "--set", "ppo.kl_coef=0.25")
+    assert yaml.safe_load(out)["ppo"]["kl_coef"] == 0.25
+    (tmp_path / "mine.yaml").write_text(out)
+    _, again, _ = rlhf("show", str(tmp_path / "mine.yaml"))
+    assert again == out
+
+
+def test_validate(rlhf: Rlhf) -> None:
+    code, out, _ = rlhf("validate", "demo")
+    assert code == 0
+    assert "demo: valid" in out
+
+
+def test_runs_and_cache_of_an_empty_home(rlhf: Rlhf) -> None:
+    assert rlhf("runs") == (0, "No run yet: rlhf run\n", "")
+    assert rlhf("runs", "--json") == (0, "[]\n", "")
+    code, out, _ = rlhf("cache", "gc")
+    assert (code, out) == (0, "0 deleted, freed 0 B\n")
+
+
+def test_a_plan_of_an_empty_home_says_never_run(rlhf: Rlhf, tmp_path: Path) -> None:
+    code, out, _ = rlhf("plan", "--json")
+    assert code == 0
+    assert {tuple(row["reasons"]) for row in json.loads(out)} == {("never run",)}
+    assert not (tmp_path / "home" / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "dmeo"], "did you mean 'demo'"),
+        (["run", "--size", "smok"], "smoke"),
+        (["plan", "--set", "ppo.kl_cof=1"], "did you mean 'kl_coef'"),
+        (["plan", "--set", "evaluate.scorers.gold=no_module:f"], "no module 'no_module'"),
+        (["validate", "missing.yaml"], "missing.yaml"),
+    ],
+)
+def test_bad_input_ends_with_2_and_one_message(rlhf: Rlhf, arguments: list[str], message: str) -> None:
+    code, out, error = rlhf(*arguments)
+    assert (code, out) == (2, "")
+    assert error.startswith("rlhf: ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("arguments", [[], ["rum"], ["run", "--only", "pppo"], ["run", "--nonsense"], ["cache"]])
+def test_bad_usage_ends_with_2(arguments: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "flows.cli", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "usage: rlhf" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = f"{sys.executable} -m flows.cli show demo | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("#")
+    assert done.stderr == ""
