@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         errors.print(f"rlhf: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return BAD_INPUT
     except (RlhfError, OSError, RuntimeError) as error:
-        errors.print(f"rlhf: {type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        errors.print(
+            f"rlhf: {type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
         if os.environ.get("RLHF_TRACEBACK"):
             raise
         errors.print("RLHF_TRACEBACK=1 shows where.", style="dim")
@@ -69,7 +71,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
             summary.print_plan(plans, console)
         _execute(config, selection, store, Console(stderr=True) if options.json else console)
         console.print() if not options.json else None
-        plans = Planner(config, store, Selection(until=plans[-1].stage)).plan()
+        plans = Planner(config, store, Selection(until=selection.only or selection.until)).plan()
     if options.json:
         print(json.dumps({"stages": [_plan_row(plan) | {"metrics": _metrics(plan)} for plan in plans]}, indent=1))
     else:
@@ -170,7 +172,9 @@ def _cache_ls(options: argparse.Namespace, console: Console) -> None:
         for r in rows
     ]  # fmt: skip
     summary.print_table(("stage", "key", "pipeline", "size", "last used", "state"), table, console)
-    console.print(f"{len(rows)} artifacts, {summary.size(sum(r['bytes'] or 0 for r in rows))} in {store.root}", soft_wrap=True)
+    console.print(
+        f"{len(rows)} artifacts, {summary.size(sum(r['bytes'] or 0 for r in rows))} in {store.root}", soft_wrap=True
+    )
 
 
 def _cache_verify(options: argparse.Namespace, console: Console) -> int:
@@ -228,7 +232,9 @@ def _metrics(plan: StagePlan) -> dict[str, float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rlhf", description="RLHF as a cached pipeline: prepare, sft, judge, reward, ppo, evaluate.")
+    parser = argparse.ArgumentParser(
+        prog="rlhf", description="RLHF as a cached pipeline: prepare, sft, judge, reward, ppo, evaluate."
+    )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     home = argparse.ArgumentParser(add_help=False)
@@ -236,11 +242,13 @@ def _parser() -> argparse.ArgumentParser:
     as_json = argparse.ArgumentParser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print JSON, for a program to read")
     source = argparse.ArgumentParser(add_help=False)
-    source.add_argument("source", nargs="?", default="demo", metavar="PRESET|FILE", help="preset or YAML file (default: demo)")
+    source.add_argument(
+        "source", nargs="?", default="demo", metavar="PRESET|FILE", help="preset or YAML file (default: demo)"
+    )
     source.add_argument("--size", help="a size that the preset offers, such as smoke")
     source.add_argument("--set", action="append", metavar="K=V", help="override one value: --set ppo.kl_coef=0.1")
     select = argparse.ArgumentParser(add_help=False)
-    stages = {"choices": tuple(STAGES), "metavar": "STAGE"}
+    stages: dict[str, Any] = {"choices": tuple(STAGES), "metavar": "STAGE"}
     select.add_argument("--only", **stages, help="compute this stage anew and nothing else")
     select.add_argument("--from", dest="start", **stages, help="compute this stage and all after it anew")
     select.add_argument("--until", **stages, help="nothing after this stage")

@@ -6,13 +6,13 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+from rlhf.tracker import Entry, Progress
 
 if TYPE_CHECKING:
     from rich.progress import TaskID
-
-    from rlhf.tracker import Entry
-    from rlhf.tracker import Progress as StageProgress
 
 LINE_SECONDS = 10.0  # between two plain lines of one stage
 
@@ -20,7 +20,7 @@ LINE_SECONDS = 10.0  # between two plain lines of one stage
 class Display(Protocol):
     """Follows a run. ``watch`` gets every point and progress of the stages; the rest is told by the command line."""
 
-    def watch(self, stage: str, event: Entry | StageProgress) -> None: ...
+    def watch(self, stage: str, event: Entry | Progress) -> None: ...
     def close(self) -> None: ...
 
 
@@ -28,7 +28,7 @@ class LiveDisplay:
     """One bar per stage with its live numbers, on a terminal."""
 
     def __init__(self, console: Console) -> None:
-        self._progress = Progress(
+        self._progress = Bars(
             SpinnerColumn(finished_text="[green]✓"),
             TextColumn("{task.description:<9}"),
             BarColumn(bar_width=24),
@@ -40,9 +40,9 @@ class LiveDisplay:
         self._tasks: dict[str, TaskID] = {}
         self._progress.start()
 
-    def watch(self, stage: str, event: Entry | StageProgress) -> None:
+    def watch(self, stage: str, event: Entry | Progress) -> None:
         """Move the stage's bar."""
-        if not hasattr(event, "done"):
+        if isinstance(event, Entry):
             return
         if stage not in self._tasks:
             self._tasks[stage] = self._progress.add_task(stage, total=event.total, live="")
@@ -60,14 +60,16 @@ class PlainDisplay:
         self._console = console
         self._last: dict[str, float] = {}
 
-    def watch(self, stage: str, event: Entry | StageProgress) -> None:
+    def watch(self, stage: str, event: Entry | Progress) -> None:
         """Print the stage's progress now and then, and its end."""
-        if not hasattr(event, "done"):
+        if isinstance(event, Entry):
             return
         now = time.monotonic()
         if event.done >= event.total or now - self._last.get(stage, 0.0) >= LINE_SECONDS:
             self._last[stage] = now
-            self._console.print(f"{stage}: {event.done}/{event.total}  {_numbers(event.live)}".rstrip(), highlight=False)
+            self._console.print(
+                f"{stage}: {event.done}/{event.total}  {_numbers(event.live)}".rstrip(), highlight=False
+            )
 
     def close(self) -> None:
         """Nothing to end."""

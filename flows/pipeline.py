@@ -7,7 +7,7 @@ import secrets
 import time
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any
 
 from prefect import flow
 
@@ -16,14 +16,13 @@ from rlhf.config import PipelineConfig
 from rlhf.locations import home_directory
 from rlhf.plan import Planner, Selection
 from rlhf.runs import RunRecord
+from rlhf.stages import StageName
 from tasks import tracking
 from tasks.journal import RunJournal
 from tasks.mlflow_server import default_uri
 from tasks.run import Run, Watcher, current_run
 from tasks.shipper import Shipper
 from tasks.stages import run_stage
-
-StageName = Literal["prepare", "sft", "judge", "reward", "ppo", "evaluate"]
 
 watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 

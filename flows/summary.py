@@ -17,9 +17,15 @@ REASONS_SHOWN = 4
 POLICIES = ("base", "sft", "ppo", "reference")
 # The metrics of the result table, in its order; others are in the report.
 ROWS = {
-    "gold": "gold score", "reward": "reward", "rougeL": "ROUGE-L", "rouge1": "ROUGE-1", "bleu": "BLEU", "meteor": "METEOR",
-    "length": "length (tokens)", "kl": "KL to SFT (nats/seq.)",
-}  # fmt: skip
+    "gold": "gold score",
+    "reward": "reward",
+    "rougeL": "ROUGE-L",
+    "rouge1": "ROUGE-1",
+    "bleu": "BLEU",
+    "meteor": "METEOR",
+    "length": "length (tokens)",
+    "kl": "KL to SFT (nats/seq.)",
+}
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], console: Console) -> None:
@@ -64,7 +70,9 @@ def print_result(
     lines = []
     if "reward/test_accuracy" in metrics:
         lines.append(f"Reward model: {_value(metrics, 'reward/test_accuracy')} of held-out pairs ordered rightly")
-    wins = sorted(key for key in metrics if key.startswith("evaluate/win_rate/") and not key.endswith(("_low", "_high")))
+    wins = sorted(
+        key for key in metrics if key.startswith("evaluate/win_rate/") and not key.endswith(("_low", "_high"))
+    )
     for key in wins:
         lines.append(f"PPO against SFT, win rate by {key.rpartition('/')[2]}: {_value(metrics, key)}")
     for line in lines:

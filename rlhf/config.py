@@ -88,7 +88,8 @@ class Data(Section):
     max_prompt_tokens: Count | None = Field(None, description="Longest prompt allowed, in tokens.")
     max_response_tokens: Count | None = Field(None, description="Longest response allowed, in tokens.")
     too_long: Literal["error", "drop"] = Field(
-        "error", description="What to do with a row over those limits or the model's context: refuse, or drop and count."
+        "error",
+        description="What to do with a row over those limits or the model's context: refuse, or drop and count.",
     )
     max_demonstrations: Count | None = Field(None, description="Use only this many demonstrations (rows).")
     max_prompts: Count | None = Field(None, description="Use only this many prompts (rows).")
@@ -123,7 +124,8 @@ class Model(Section):
     lora_rank: Annotated[int, Field(ge=0)] = Field(0, description="Rank of the LoRA adapters; 0 trains all weights.")
     lora_alpha: Positive = Field(32.0, description="LoRA scaling numerator (scale = alpha / rank).")
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: less memory, slower.",
+        False,
+        description="Recompute activations in the backward pass: less memory, slower.",
         json_schema_extra=NUMBERS_SAME,
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with a hub model.")
@@ -131,7 +133,9 @@ class Model(Section):
     @model_validator(mode="after")
     def _check(self) -> Model:
         if self.init == "pretrained" and not self.path:
-            raise ValueError("init is `pretrained`, so path must name a local directory or a hub id; or set init: random")
+            raise ValueError(
+                "init is `pretrained`, so path must name a local directory or a hub id; or set init: random"
+            )
         if self.init == "random" and self.path:
             raise ValueError(f"init is `random`, so path ({self.path!r}) must not be set; or set init: pretrained")
         if self.init == "random" and self.width % self.heads:
@@ -200,21 +204,24 @@ class Ppo(OptionalStage):
 
     rewards: dict[str, float] = Field(
         {"model": 1.0},
-        description="Weight of each reward: `model` (the trained reward model) or `module:function` / `file.py:function`.",
+        description="Weight of each reward: `model` (the trained one), `module:function` or `file.py:function`.",
     )
     updates: Count = Field(100, description="Number of PPO updates (rollout, then optimisation).")
     episodes: Count = Field(64, description="Prompts, with one response each, per update.")
     epochs: Count = Field(4, description="Passes over each rollout.")
     minibatches: Count = Field(1, description="Optimizer steps per pass; must divide episodes.")
     micro_batch_tokens: Count = Field(
-        16384, description="Most tokens (padding included) in one forward pass of the update; bounds the memory.",
+        16384,
+        description="Most tokens (padding included) in one forward pass of the update; bounds the memory.",
         json_schema_extra=NUMBERS_SAME,
     )
     max_new_tokens: Count = Field(53, description="Longest response, in tokens, the end-of-sequence token included.")
     temperature: Positive = Field(0.7, description="Sampling temperature; every log-probability is taken at it.")
     learning_rate: Positive = Field(3e-6, description="Peak learning rate of AdamW for the policy.")
     value_learning_rate: Positive | None = Field(None, description="Same for the value model. Default: learning_rate.")
-    schedule: Literal["linear", "constant"] = Field("linear", description="Decay of the learning rate over all updates.")
+    schedule: Literal["linear", "constant"] = Field(
+        "linear", description="Decay of the learning rate over all updates."
+    )
     warmup_updates: Annotated[int, Field(ge=0)] = Field(
         0, description="First updates in which only the value model learns."
     )
@@ -250,9 +257,7 @@ class Ppo(OptionalStage):
         "separate", description="A value model of its own, initialised from the reward model where that fits."
     )
     log_samples_every: Count = Field(10, description="Updates between two tables of samples.")
-    checkpoint_every: Count = Field(
-        10, description="Updates between two checkpoints.", json_schema_extra=NUMBERS_SAME
-    )
+    checkpoint_every: Count = Field(10, description="Updates between two checkpoints.", json_schema_extra=NUMBERS_SAME)
 
     @model_validator(mode="after")
     def _check(self) -> Ppo:
@@ -340,6 +345,7 @@ class PipelineConfig(Section):
                 new = getattr(self, stage).max_new_tokens
                 if new >= self.model.context:
                     raise ValueError(
-                        f"{stage}.max_new_tokens {new} leaves no room for a prompt in model.context {self.model.context}"
+                        f"{stage}.max_new_tokens {new} leaves no room for a prompt in model.context "
+                        f"{self.model.context}"
                     )
         return self

@@ -21,7 +21,7 @@ from rlhf.config import PipelineConfig, Section
 from rlhf.errors import ArtifactError, ConfigError, NotCachedError
 from rlhf.fingerprint import PACKAGE, ROOT, code_fingerprint, function_file, import_closure
 from rlhf.locations import matching_files
-from rlhf.stages import STAGES, enabled_stages, reads_base, stage_inputs
+from rlhf.stages import STAGES, StageName, enabled_stages, reads_base, stage_inputs
 
 NEVER_RUN = "never run"
 KEY_LENGTH = 32  # hexadecimal digits: 128 bits
@@ -36,10 +36,10 @@ class Selection:
     stages anew, the others as needed.
     """
 
-    only: str | None = None
-    start: str | None = None
-    until: str | None = None
-    refresh: frozenset[str] = frozenset()
+    only: StageName | None = None
+    start: StageName | None = None
+    until: StageName | None = None
+    refresh: frozenset[StageName] = frozenset()
 
     def stages(self, config: PipelineConfig) -> tuple[str, ...]:
         """The stages that the run looks at, in their order.
@@ -48,8 +48,10 @@ class Selection:
             ConfigError: an option names a stage that is off, or the options exclude each other.
         """
         on = enabled_stages(config)
-        for option, names in (("--only", {self.only}), ("--from", {self.start}), ("--until", {self.until}), ("--refresh", self.refresh)):
-            for name in sorted(set(names) - {None, *on}):  # type: ignore[arg-type]
+        asked = [("--only", self.only), ("--from", self.start), ("--until", self.until)]
+        asked += [("--refresh", name) for name in sorted(self.refresh)]
+        for option, name in asked:
+            if name is not None and name not in on:
                 raise ConfigError(f"{option} {name}: that stage is off in this configuration; on are: {', '.join(on)}")
         if self.only and (self.start or self.until):
             raise ConfigError("--only cannot be combined with --from or --until; it already names the one stage to run")
@@ -111,7 +113,9 @@ class Planner:
             unknown = [source for source in stage_inputs(stage, self.config) if source not in known]
             if unknown:
                 made_anew = [f"input {source}: will be made anew" for source in unknown]
-                why = [line for line in self._why(stage, self.ingredients(stage, known)) if not line.startswith("input ")]
+                why = [
+                    line for line in self._why(stage, self.ingredients(stage, known)) if not line.startswith("input ")
+                ]
                 plans[stage] = StagePlan(stage, "run", tuple(why if why == [NEVER_RUN] else [*made_anew, *why]))
             else:
                 plans[stage] = self.decide(stage, known)

@@ -6,11 +6,13 @@ and MLflow run.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from rlhf.config import PipelineConfig
 
+
+StageName = Literal["prepare", "sft", "judge", "reward", "ppo", "evaluate"]
 
 
 class Stage(NamedTuple):
@@ -30,7 +32,9 @@ class Stage(NamedTuple):
 
 
 _LORA = ("model.lora_rank", "model.lora_alpha")
-_RANDOM_MODEL = tuple(f"model.{name}" for name in ("init", "architecture", "layers", "width", "heads", "context", "vocab_size"))
+_RANDOM_MODEL = tuple(
+    f"model.{name}" for name in ("init", "architecture", "layers", "width", "heads", "context", "vocab_size")
+)
 _TORCH = ("torch", "transformers", "tokenizers", "accelerate", "peft")
 
 STAGES: dict[str, Stage] = {

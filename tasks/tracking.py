@@ -53,7 +53,8 @@ def record(run: Run, stage: str, manifest: Manifest) -> None:
         )
         run.journal.replay(stage, run.directory(stage) / JOURNAL)
     run.journal.tags(
-        stage, {"rlhf.digest": manifest.digest, "rlhf.seconds": f"{manifest.seconds:.1f}", "rlhf.device": manifest.device}
+        stage,
+        {"rlhf.digest": manifest.digest, "rlhf.seconds": f"{manifest.seconds:.1f}", "rlhf.device": manifest.device},
     )
     run.journal.finals(stage, manifest.metrics)
     for name, digest in manifest.ingredients.items():
@@ -84,5 +85,3 @@ def _value(config: PipelineConfig, name: str) -> Any:
     for part in name.split("."):
         value = getattr(value, part)
     return value
-
-

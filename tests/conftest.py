@@ -14,7 +14,9 @@ from flows.server import configure, free_port, spawn_server, wait_until_healthy
 # Prefect reads its settings when it is first imported, so the environment is set before any test module is.
 _STATE = Path(tempfile.mkdtemp(prefix="rlhf-tests-"))
 _PORT = free_port()
-os.environ.update(HF_HUB_OFFLINE="1", MLFLOW_DISABLE_TELEMETRY="true", MPLBACKEND="Agg", PREFECT_HOME=str(_STATE / "prefect"))
+os.environ.update(
+    HF_HUB_OFFLINE="1", MLFLOW_DISABLE_TELEMETRY="true", MPLBACKEND="Agg", PREFECT_HOME=str(_STATE / "prefect")
+)
 os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{_PORT}/api"
 configure(_STATE)
 

@@ -221,11 +221,15 @@ def edited(tmp_path: Path) -> Callable[[str, str], Path]:
 
 
 def test_editing_the_ppo_core_runs_ppo_and_nothing_before_it(home: Path, edited: Callable[[str, str], Path]) -> None:
-    comment = edited("import torch\nfrom torch import Tensor\n", "import torch  # a comment\nfrom torch import Tensor\n")
+    comment = edited(
+        "import torch\nfrom torch import Tensor\n", "import torch  # a comment\nfrom torch import Tensor\n"
+    )
     assert to_run(home, code=comment) == []
-    function = edited("error = min(max(kl / target - 1.0, -0.2), 0.2)", "error = min(max(kl / target - 1.0, -0.3), 0.2)")
+    function = edited(
+        "error = min(max(kl / target - 1.0, -0.2), 0.2)", "error = min(max(kl / target - 1.0, -0.3), 0.2)"
+    )
     rows = plan(home, code=function)
-    assert [name for name, row in rows.items() if row["action"] == "run"][0] == "ppo"
+    assert next(name for name, row in rows.items() if row["action"] == "run") == "ppo"
     assert "code rlhf/ppo/core.py changed" in rows["ppo"]["reasons"]
     run(home, code=function)
     assert {name for name, cached in stages_of(home)[-1].items() if not cached} <= {"ppo", "evaluate"}

@@ -83,7 +83,9 @@ def test_another_result_goes_on(done: Rlhf, calls: Any) -> None:
 
 
 @pytest.mark.parametrize("stage", ALL)
-def test_a_damaged_artifact_is_named_and_only_its_stage_recomputed(done: Rlhf, calls: list[str], home: Path, stage: str) -> None:
+def test_a_damaged_artifact_is_named_and_only_its_stage_recomputed(
+    done: Rlhf, calls: list[str], home: Path, stage: str
+) -> None:
     damages: dict[str, Callable[[Path], object]] = {
         "missing": shutil.rmtree,
         "is missing": lambda path: next(file for file in path.iterdir() if file.name != "manifest.json").unlink(),

@@ -65,7 +65,9 @@ def test_the_journal_is_kept_and_no_part_of_the_digest(store: Store, tmp_path: P
         (lambda path: (path / "manifest.json").write_text("{"), "unreadable"),
         (lambda path: (path / "manifest.json").unlink(), "missing"),
         (
-            lambda path: (path / "manifest.json").write_text((path / "manifest.json").read_text().replace("1.5", "1.6")),
+            lambda path: (path / "manifest.json").write_text(
+                (path / "manifest.json").read_text().replace("1.5", "1.6")
+            ),
             "manifest.json has changed",
         ),
         (shutil.rmtree, "missing"),

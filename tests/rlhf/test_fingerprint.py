@@ -99,7 +99,11 @@ def test_function_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(
     ("reference", "message"),
-    [("nothing", "names no function"), ("no_such_module:f", "no module 'no_such_module'"), ("missing.py:f", "there is no file")],
+    [
+        ("nothing", "names no function"),
+        ("no_such_module:f", "no module 'no_such_module'"),
+        ("missing.py:f", "there is no file"),
+    ],
 )
 def test_a_function_that_is_not_there(reference: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):

@@ -7,7 +7,14 @@ from pathlib import Path
 
 from rlhf.locks import is_locked, lock, locked, try_lock, unlock
 
-HOLD = "import sys, time; from pathlib import Path; from rlhf.locks import lock; lock(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+HOLD = """
+import sys, time
+from pathlib import Path
+from rlhf.locks import lock
+lock(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(60)
+"""
 
 
 def test_a_lock_excludes_also_within_one_process(tmp_path: Path) -> None:

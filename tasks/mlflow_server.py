@@ -1,0 +1,119 @@
+"""The MLflow server, or the SQLite file in its place: how to reach it, its experiments, and the names it takes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import posixpath
+import re
+from collections.abc import Collection, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+from rlhf.locks import locked
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+VIEW = "rlhf"  # key of the view of the runs table that is provided: ...?viewStateShareKey=rlhf
+# Answers to a request that the server will never take. Every other error may be over in a while.
+_PERMANENT = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"})
+_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",  # seconds; with MLflow's defaults a dead server costs 4 minutes a request
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+
+
+def default_uri(home: Path) -> str:
+    """The MLflow store of one who names none: a SQLite file in the home folder, ``mlartifacts`` beside it."""
+    return f"sqlite:///{home.resolve() / 'mlflow.db'}"
+
+
+@lru_cache
+def connect(tracking_uri: str) -> MlflowClient:
+    """A client that gives up soon enough, of a store that is there. Settings in the environment go before ours."""
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri)
+    if file := _sqlite_file(tracking_uri):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with locked(file.with_suffix(".lock")):  # of two processes that make the tables at once, one would fail
+            client.search_experiments(max_results=1)
+    return client
+
+
+def experiment_id(client: MlflowClient, tracking_uri: str, name: str, columns: Collection[str] = ()) -> str:
+    """The experiment of this name, made if need be, with a view of its runs that shows these columns.
+
+    Raises:
+        RuntimeError: the experiment was deleted; someone has to restore it, or choose another name.
+    """
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        # The kind opens the UI in its machine-learning mode, instead of the one for chat agents.
+        tags = {"mlflow.experimentKind": "custom_model_development"}
+        with contextlib.suppress(MlflowException):  # another process may have made it meanwhile
+            client.create_experiment(name, _artifact_location(tracking_uri, name), tags)
+        experiment = client.get_experiment_by_name(name)
+    if experiment is None or experiment.lifecycle_stage != "active":
+        raise RuntimeError(f"the MLflow experiment {name!r} is deleted: restore it, or choose another name")
+    tag = f"mlflow.sharedViewState.{VIEW}"
+    if columns and tag not in experiment.tags:
+        client.set_experiment_tag(experiment.experiment_id, tag, _view(columns))
+    return str(experiment.experiment_id)
+
+
+def is_permanent(error: Exception) -> bool:
+    """Whether the same request would fail for ever: refused by the server, or about a file that is gone."""
+    return error_code(error) in _PERMANENT or isinstance(error, FileNotFoundError)
+
+
+def error_code(error: Exception) -> str:
+    """MLflow's name for an error; empty for one that is not MLflow's."""
+    return str(getattr(error, "error_code", ""))
+
+
+def brief(error: BaseException) -> str:
+    """An error in one line of at most 200 characters."""
+    return without_password(" ".join(f"{type(error).__name__}: {error}".split()))[:200]
+
+
+def without_password(uri: str) -> str:
+    """A URI fit for logs and files: without user and password."""
+    return re.sub(r"//[^/@\s]*@", "//", uri)
+
+
+def key(name: str) -> str:
+    """The name itself where MLflow takes it, else the nearest that it does."""
+    return posixpath.normpath(re.sub(r"[^\w\-. :/]", "_", name)).strip("/")[:250]
+
+
+def tags(values: Mapping[str, str]) -> dict[str, str]:
+    """Tags with names that MLflow takes, and values cut to the 8000 characters that it takes."""
+    return {key(name): value[:8000] for name, value in values.items()}
+
+
+def _sqlite_file(tracking_uri: str) -> Path | None:
+    return Path(tracking_uri.removeprefix("sqlite:///")) if tracking_uri.startswith("sqlite:///") else None
+
+
+def _artifact_location(tracking_uri: str, experiment: str) -> str | None:
+    """Beside the SQLite file (MLflow would take the working directory); a server has a place of its own."""
+    file = _sqlite_file(tracking_uri)
+    return (file.resolve().parent / "mlartifacts" / quote(experiment, safe="")).as_uri() if file else None
+
+
+def _view(columns: Collection[str]) -> str:
+    """A saved view of the runs table, in the form that the UI of MLflow 3.17 reads and writes (undocumented)."""
+    selected = [re.sub(r"^(metrics|params|tags)\.(.*)$", r"\1.`\2`", column) for column in columns]
+    state = json.dumps({"selectedColumns": ["attributes.`Source`", *selected]})
+    return json.dumps({"name": VIEW, "createdAt": 0, "updatedAt": 0, "state": state})

@@ -1,0 +1,176 @@
+"""Ships a run's journal to MLflow while the run goes on, in a process of its own.
+
+A process, not a thread: importing MLflow (2 s), making requests and copying models would take turns with the training
+loop for the interpreter's lock; a training that is killed with -9 is still reported to MLflow; and nothing that
+MLflow does can take the training down. The process reads the journal and is told nothing else, except the end: its
+standard input closes when its owner closes it, or dies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import select
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from tasks.journal import end_if_abandoned
+from tasks.mlflow_server import brief, without_password
+from tasks.mlflow_sync import BusyError, Replay, ship_pending
+
+log = logging.getLogger("tasks.shipper")  # not __name__: this module also runs as a program
+
+POLL_SECONDS = 1.0
+LONGEST_WAIT_SECONDS = 5.0  # between two attempts while the server is away
+PATIENCE_SECONDS = 60.0  # with a server that is away, after the training process has died
+SHIPPER_LOG = "shipper.log"
+
+
+class Shipper:
+    """Ships the journal of a run in the background from now on; also what earlier runs beside it have left.
+
+    Args:
+        directory: the run's, whose journal is open.
+        tracking_uri: of MLflow. Credentials belong into the environment (``MLFLOW_TRACKING_USERNAME`` ...).
+
+    The server going away and coming back is logged once each, to this process's log. Everything else that the
+    process has to say is in ``shipper.log`` in the run's directory.
+    """
+
+    def __init__(self, directory: Path, tracking_uri: str) -> None:
+        self._directory = directory.resolve()
+        self._uri = tracking_uri
+        self._process = self._spawn()
+
+    def close(self, timeout: float = 60.0) -> bool:
+        """Ship what is left, waiting for that up to ``timeout`` seconds; call it after the journal was closed.
+
+        Returns:
+            Whether everything is in MLflow now. If not, :func:`tasks.mlflow_sync.ship_pending` can do it later.
+        """
+        deadline = time.monotonic() + timeout
+        if self._process.poll() not in (None, 0):  # it was killed, or crashed: one more attempt
+            self._close_input()
+            self._process = self._spawn()
+        self._close_input()
+        try:
+            if self._process.wait(max(0.0, deadline - time.monotonic())) == 0:
+                return True
+        except subprocess.TimeoutExpired:
+            self._process.terminate()
+            self._process.wait()
+        log.warning("MLflow has not got everything of the run %s yet; it is kept for later", self._directory.name)
+        return False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _close_input(self) -> None:
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+
+    def _spawn(self) -> subprocess.Popen[str]:
+        packages = str(Path(__file__).resolve().parents[1])
+        path = os.pathsep.join(filter(None, [packages, os.environ.get("PYTHONPATH")]))
+        with (self._directory / SHIPPER_LOG).open("a", encoding="utf-8") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "tasks.shipper", str(self._directory)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                # The URI is not an argument: those can be seen by every user of the machine.
+                env={**os.environ, "PYTHONPATH": path, "MLFLOW_TRACKING_URI": self._uri},
+                start_new_session=True,  # Ctrl-C in the terminal is for the training; this one then ships its end
+            )
+        assert process.stdout is not None
+        threading.Thread(target=_relay, args=(process.stdout,), name="shipper-log", daemon=True).start()
+        return process
+
+
+def follow(directory: Path, tracking_uri: str, wait: Callable[[float], bool]) -> bool:
+    """Ship a journal until its run has ended, or ``wait`` says that no more is to come and all is shipped.
+
+    Args:
+        directory: of the run.
+        tracking_uri: of MLflow.
+        wait: waits up to the given seconds; whether the owner has closed the shipper, or died.
+
+    Returns:
+        Whether everything is shipped.
+    """
+    closing, pending, failures, deadline = False, True, 0, float("inf")
+    with Replay(directory, tracking_uri) as replay:
+        while True:
+            abandoned = end_if_abandoned(directory)
+            try:
+                state = replay.run()
+            except Exception as error:
+                if failures == 0:
+                    where = without_password(tracking_uri)
+                    log.warning("MLflow at %s cannot be written to; metrics are kept here: %s", where, brief(error))
+                failures += 1
+                if abandoned:
+                    deadline = min(deadline, time.monotonic() + PATIENCE_SECONDS)
+                    if time.monotonic() >= deadline:
+                        return False
+            else:
+                if failures > 0:
+                    log.info("MLflow at %s is back; it has all metrics now", without_password(tracking_uri))
+                failures = 0
+                if pending:
+                    pending = False
+                    ship_pending(directory.parent, tracking_uri)
+                if state.complete or closing:
+                    return not state.waiting
+            if closing:
+                time.sleep(POLL_SECONDS)
+            else:
+                pause = min(LONGEST_WAIT_SECONDS, POLL_SECONDS * 2 ** min(failures, 8))
+                closing = wait(pause * random.uniform(0.5, 1.0))
+
+
+def main(directory: Path, tracking_uri: str) -> int:
+    """The program: exit code 0 when everything was shipped, 1 when not, 3 when another process is at it."""
+    logging.raiseExceptions = False  # the training process that reads this may be dead
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    logging.getLogger("tasks").addHandler(handler)
+    logging.getLogger("tasks").setLevel(logging.INFO)
+    os.nice(10)  # the training goes first
+    try:
+        return 0 if follow(directory, tracking_uri, _wait_for_owner) else 1
+    except BusyError as error:
+        log.warning("%s", error)
+        return 3
+
+
+def _wait_for_owner(seconds: float) -> bool:
+    """Wait, but not beyond the end of the standard input; whether that has come."""
+    return bool(select.select([sys.stdin], [], [], seconds)[0])
+
+
+def _relay(lines: IO[str]) -> None:
+    """Repeat what the process logs in the log of this one."""
+    with lines:
+        for line in lines:
+            level, _, message = line.rstrip("\n").partition(" ")
+            log.log(logging.getLevelNamesMapping().get(level, logging.WARNING), "%s", message)
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), os.environ["MLFLOW_TRACKING_URI"]))
