@@ -91,7 +91,7 @@ def _execute(config: PipelineConfig, selection: Selection, store: Store, console
 
     wait_until_healthy(url, store.home)
     display = make_display(console)
-    token = watcher.set(display.watch)
+    token = watcher.set(display)
     try:
         pipeline(
             config,
@@ -129,7 +129,11 @@ def _show(options: argparse.Namespace, console: Console) -> None:
 def _validate(options: argparse.Namespace, console: Console) -> None:
     config = _config(options)
     Planner(config, _store(options)).plan()  # the files and functions that it names are there
-    console.print(f"{options.source}: valid; pipeline {config.name!r}", highlight=False, markup=False)
+    from rlhf.prepare import check
+
+    kinds, _ = check(config)  # every row is as it must be
+    rows = ", ".join(f"{len(examples.kept)} {kind}" for kind, examples in kinds.items())
+    console.print(f"{options.source}: valid; pipeline {config.name!r}, {rows}", highlight=False, markup=False)
 
 
 def _runs(options: argparse.Namespace, console: Console) -> None:
@@ -263,7 +267,7 @@ def _parser() -> argparse.ArgumentParser:
     add("plan", _plan, "Show which stages are cached, which would run, and why.", source, select, as_json)
     add("presets", _presets, "List the presets.", as_json)
     add("show", _show, "Print the whole configuration of a preset or file.", source, as_json)
-    add("validate", _validate, "Check a configuration, and that the files it names are there.", source)
+    add("validate", _validate, "Check a configuration and every row of the data that it names.", source)
     runs = add("runs", _runs, "List the runs on this machine.", as_json)
     runs.add_argument("--last", type=int, default=20, help="how many (default: 20)")
     cache = commands.add_parser("cache", help="Look at the artifact store, check it, clean it.")

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from flows.summary import duration
 from rlhf.tracker import Entry, Progress
-
-if TYPE_CHECKING:
-    from rich.progress import TaskID
 
 LINE_SECONDS = 10.0  # between two plain lines of one stage
 
 
 class Display(Protocol):
-    """Follows a run. ``watch`` gets every point and progress of the stages; the rest is told by the command line."""
+    """Follows a run: a watcher (``tasks.run``) that can be closed."""
 
+    def begin(self, stage: str) -> None: ...
     def watch(self, stage: str, event: Entry | Progress) -> None: ...
+    def end(self, stage: str, seconds: float | None) -> None: ...
     def close(self) -> None: ...
 
 
@@ -28,51 +28,65 @@ class LiveDisplay:
     """One bar per stage with its live numbers, on a terminal."""
 
     def __init__(self, console: Console) -> None:
-        self._progress = Bars(
+        self._bars = Bars(
             SpinnerColumn(finished_text="[green]✓"),
             TextColumn("{task.description:<9}"),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed:>5.0f}/{task.total:.0f}"),
             TimeElapsedColumn(),
             TextColumn("[dim]{task.fields[live]}"),
             console=console,
         )
-        self._tasks: dict[str, TaskID] = {}
-        self._progress.start()
+        self._stages: dict[str, TaskID] = {}
+        self._bars.start()
+
+    def begin(self, stage: str) -> None:
+        """Add the stage's bar; it pulses until the stage says how far it is."""
+        self._stages[stage] = self._bars.add_task(stage, total=None, live="")
 
     def watch(self, stage: str, event: Entry | Progress) -> None:
         """Move the stage's bar."""
-        if isinstance(event, Entry):
-            return
-        if stage not in self._tasks:
-            self._tasks[stage] = self._progress.add_task(stage, total=event.total, live="")
-        self._progress.update(self._tasks[stage], completed=event.done, total=event.total, live=_numbers(event.live))
+        if isinstance(event, Progress):
+            live = f"{event.done}/{event.total}  {_numbers(event.live)}"
+            self._bars.update(self._stages[stage], completed=event.done, total=event.total, live=live)
+
+    def end(self, stage: str, seconds: float | None) -> None:
+        """Fill the bar; the last numbers stay."""
+        task = self._stages[stage]
+        if seconds is None:
+            self._bars.update(task, live="from the cache")
+        self._bars.update(task, completed=1, total=1)
 
     def close(self) -> None:
         """Leave the bars as they are."""
-        self._progress.stop()
+        self._bars.stop()
 
 
 class PlainDisplay:
-    """A line per stage every few seconds, for logs and pipes."""
+    """A line now and then, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._last: dict[str, float] = {}
+        self._last = 0.0
+
+    def begin(self, stage: str) -> None:
+        """The first line of a stage comes after ``LINE_SECONDS``."""
+        self._last = time.monotonic()
 
     def watch(self, stage: str, event: Entry | Progress) -> None:
-        """Print the stage's progress now and then, and its end."""
-        if isinstance(event, Entry):
-            return
-        now = time.monotonic()
-        if event.done >= event.total or now - self._last.get(stage, 0.0) >= LINE_SECONDS:
-            self._last[stage] = now
-            self._console.print(
-                f"{stage}: {event.done}/{event.total}  {_numbers(event.live)}".rstrip(), highlight=False
-            )
+        """Say how far the stage is, now and then."""
+        if isinstance(event, Progress) and time.monotonic() - self._last >= LINE_SECONDS:
+            self._last = time.monotonic()
+            self._print(f"{stage}: {event.done}/{event.total}  {_numbers(event.live)}".rstrip())
+
+    def end(self, stage: str, seconds: float | None) -> None:
+        """Say that the stage is done."""
+        self._print(f"{stage}: {'from the cache' if seconds is None else f'done in {duration(seconds)}'}")
 
     def close(self) -> None:
         """Nothing to end."""
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def make_display(console: Console) -> Display:

@@ -96,15 +96,20 @@ def _shipper(run: Run) -> AbstractContextManager[Any]:
 
 def _stage(run: Run, stage: str) -> dict[str, Any]:
     """Run one stage, or take it from the cache, and record it."""
+    if run.watcher is not None:
+        run.watcher.begin(stage)
     plan = run.decide(stage)
     manifest = run_stage(plan).manifest()
     run.manifests[stage] = manifest
     run.store.touch(stage, manifest.key)
     tracking.record(run, stage, manifest)
+    cached = stage not in run.computed
+    if run.watcher is not None:
+        run.watcher.end(stage, None if cached else manifest.seconds)
     return {
         "key": manifest.key,
         "digest": manifest.digest,
-        "cached": stage not in run.computed,
+        "cached": cached,
         "seconds": manifest.seconds,
         "reasons": list(plan.reasons),
     }

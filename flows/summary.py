@@ -61,7 +61,7 @@ def print_result(
         console.print(f"[bold]{escape(config.name)}[/]: {scope} up to date", highlight=False)
     policies = [name for name in POLICIES if any(key.startswith(f"evaluate/{name}/") for key in metrics)]
     rows = [
-        (label, *(_value(metrics, f"evaluate/{policy}/{metric}") for policy in policies))
+        (label, *(_value(metrics, f"evaluate/{policy}/{metric}", "\n", 2) for policy in policies))
         for metric, label in ROWS.items()
         if any(f"evaluate/{policy}/{metric}" in metrics for policy in policies)
     ]
@@ -104,10 +104,10 @@ def size(count: int) -> str:
     return f"{value:.1f} TB"
 
 
-def _value(metrics: dict[str, float], key: str) -> str:
+def _value(metrics: dict[str, float], key: str, separator: str = " ", digits: int = 3) -> str:
     if key not in metrics:
         return ""
     text = f"{metrics[key]:.3f}"
     if f"{key}_low" in metrics:
-        text += f" [{metrics[f'{key}_low']:.3f}, {metrics[f'{key}_high']:.3f}]"
+        text += f"{separator}[{metrics[f'{key}_low']:.{digits}f}, {metrics[f'{key}_high']:.{digits}f}]"
     return text

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 from rlhf.artifacts import Manifest, Store
 from rlhf.config import PipelineConfig
@@ -13,15 +13,25 @@ from rlhf.plan import Planner, Selection, StagePlan
 from rlhf.tracker import Entry, Listener, Progress
 from tasks.journal import RunJournal
 
-Watcher = Callable[[str, Entry | Progress], None]
+
+class Watcher(Protocol):
+    """Someone who follows a run, such as the live display. ``seconds`` is None for a stage from the cache."""
+
+    def begin(self, stage: str) -> None:
+        """The stage's turn has come."""
+
+    def watch(self, stage: str, event: Entry | Progress) -> None:
+        """A point of a curve, or how far the stage is."""
+
+    def end(self, stage: str, seconds: float | None) -> None:
+        """The stage is done."""
 
 
 @dataclass
 class Run:
     """One run of the pipeline in this process.
 
-    ``watcher`` sees every point and progress of every stage (the live display). ``computed`` names the stages that
-    this process computed itself; all others came from the cache.
+    ``computed`` names the stages that this process computed itself; all others came from the cache.
     """
 
     id: str
@@ -51,7 +61,7 @@ class Run:
         def listen(event: Entry | Progress) -> None:
             to_journal(event)
             if self.watcher is not None:
-                self.watcher(stage, event)
+                self.watcher.watch(stage, event)
 
         return listen
 

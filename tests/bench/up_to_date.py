@@ -27,7 +27,11 @@ def seconds(command: list[str], home: str) -> float:
 def main(runs: int) -> None:
     """Measure, alternately, and print."""
     run = [sys.executable, "-m", "flows.cli", "run", "demo", "--size", "smoke"]
-    commands = {"rlhf run": run, "python": [sys.executable, "-c", "pass"], "import torch": [sys.executable, "-c", "import torch"]}
+    commands = {
+        "rlhf run": run,
+        "python": [sys.executable, "-c", "pass"],
+        "import torch": [sys.executable, "-c", "import torch"],
+    }
     with tempfile.TemporaryDirectory() as home:
         first = seconds(run, home)
         times: dict[str, list[float]] = {name: [] for name in commands}

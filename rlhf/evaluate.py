@@ -1,0 +1,360 @@
+"""The evaluate stage: the base, SFT and PPO policies and the given references on held-out prompts.
+
+All policies answer the same prompts with the same random numbers, so that they differ by what they learned and not by
+luck. Every figure has a bootstrap interval over prompts, and PPO is compared with SFT prompt by prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from rlhf import intervals, metrics, models, report, rewards, training
+from rlhf.config import PipelineConfig
+from rlhf.context import Context
+from rlhf.errors import ConfigError, DataError
+from rlhf.intervals import Estimate
+from rlhf.ppo import batching
+from rlhf.ppo.batching import Prompts
+from rlhf.ppo.policy import CausalPolicy, Sequences, response_hidden
+from rlhf.ppo.rollout import collect, per_token
+
+Floats = NDArray[np.float64]
+
+GREEDY = 1e-6  # temperature of greedy decoding: every token but the likeliest has probability 0 in float32
+TOKENS_AT_ONCE = 16384  # of a forward pass for the KL, padding included
+LOGITS_AT_ONCE = 2**24  # elements of one (N, V) block of logits; 64 MB in float32
+HEADLINES = ("reward", "rougeL", "kl", "length_tokens")  # besides the scorers: metrics whose bounds are finals too
+
+
+class HeldOut(NamedTuple):
+    """The rows to evaluate on; ``references`` has None where there is none, and so has its column in ``prompts``."""
+
+    prompts: Prompts
+    references: list[str | None]
+
+
+class Answers(NamedTuple):
+    """One text for each prompt (None: there is none), and values (n,) by metric."""
+
+    texts: Sequence[str | None]
+    values: dict[str, Floats]
+
+
+def run(context: Context) -> dict[str, float]:
+    """Evaluate; write report.json, report.html, samples.parquet and plots/*.png.
+
+    Returns:
+        ``evaluate/<policy>/<metric>`` for base, sft, ppo and reference, ``evaluate/win_rate/<score>`` and
+        ``evaluate/difference/<score>`` of PPO against SFT (of the last against the second last policy, where a stage
+        is off); the headline ones with ``_low`` and ``_high``. Figures that are undefined are left out.
+
+    Raises:
+        ConfigError: a scorer has the name of a built-in metric.
+        DataError: there is no held-out prompt, or one leaves no room for a response.
+        ModelError: a policy or the reward model cannot be loaded.
+        RewardError: a scorer failed.
+    """
+    config = context.config
+    taken = sorted(set(config.evaluate.scorers) & set(report.LABELS))
+    if taken:
+        raise ConfigError(f"evaluate.scorers: {', '.join(taken)} is the name of a built-in metric; choose another name")
+    training.set_threads(config.resources)
+    training.seed_everything(config.seed)  # only a scorer might draw from the global generators
+    device = training.device_of(config.resources)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=training.uses_bf16(config.resources))
+    with torch.no_grad(), autocast, training.quiet():
+        scorers = _scorers(context)
+        rows = _held_out(context)
+        answers = _policy_answers(context, rows, device)
+        if any(rows.references):
+            answers["reference"] = _given_answers(context, rows)
+        for name, answer in answers.items():
+            answer.values.update(_judged(scorers, rows, answer.texts))
+            if name != "reference":
+                answer.values.update(_against_references(answer.texts, rows.references))
+    made = _report(context, rows, answers, list(scorers))
+    report.write(context.out, made, {name: answer.values for name, answer in answers.items()}, _samples(rows, answers))
+    return _finals(made)
+
+
+# --- answers --------------------------------------------------------------------------------------------------------
+
+
+def _held_out(context: Context) -> HeldOut:
+    path = context.input("prepare/prompts/test.parquet")
+    table = pq.read_table(path).slice(0, context.config.evaluate.prompts)
+    if not table.num_rows:
+        raise DataError(f"{path}: there is no held-out prompt; raise data.test_fraction or leave evaluate out")
+    columns = table.to_pydict()
+    texts = columns.pop("prompt")
+    token_ids = models.prompt_token_ids(_tokenizer(context), texts)
+    references = columns.get("reference") or [None] * len(texts)
+    given = [text if text and text.strip() else None for text in references]
+    return HeldOut(Prompts(texts, token_ids, columns), given)
+
+
+def _policy_answers(context: Context, rows: HeldOut, device: torch.device) -> dict[str, Answers]:
+    """What each policy answers, with lengths and KL to the policy that PPO is held near."""
+    paths = {"base": context.base_model(), "sft": context.sft_model(), "ppo": context.policy_model()}
+    paths = {name: path for name, path in paths.items() if name == "base" or name in context.inputs}
+    tokenizer = _tokenizer(context)
+    reference = _policy(context, context.sft_model(), device)
+    answers = {}
+    for number, (name, path) in enumerate(paths.items()):
+        policy = reference if path == context.sft_model() else _policy(context, path, device)
+        answers[name] = _answers(context.config, policy, reference, tokenizer, rows.prompts)
+        context.tracker.progress(number + 1, len(paths))
+    return answers
+
+
+def _policy(context: Context, path: str, device: torch.device) -> CausalPolicy:
+    policy = CausalPolicy(models.load_policy(path, **_options(context, path)).to(device).eval())
+    policy.check()
+    return policy
+
+
+def _tokenizer(context: Context) -> PreTrainedTokenizerBase:
+    """The tokenizer of all policies."""
+    return models.load_tokenizer(context.sft_model(), **_options(context, context.sft_model()))
+
+
+def _options(context: Context, path: str) -> dict[str, Any]:
+    """How a model is loaded; the revision is that of the base model."""
+    model = context.config.model
+    return {
+        "revision": model.revision if path == model.path else None,
+        "trust_remote_code": model.trust_remote_code,
+    }
+
+
+def _answers(
+    config: PipelineConfig,
+    policy: CausalPolicy,
+    reference: CausalPolicy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+) -> Answers:
+    settings = config.evaluate
+    temperature = settings.temperature or GREEDY
+    _check_room(policy, prompts, settings.max_new_tokens)
+    # Row i's draws are the same for every policy and every batch size.
+    uniforms = torch.rand(len(prompts), settings.max_new_tokens, generator=batching.generator(config.seed, "evaluate"))
+    kl = partial(_kl, policy, reference, settings.temperature or 1.0)
+    texts: list[str] = []
+    values: dict[str, list[Tensor]] = {"length_tokens": [], "eos_rate": [], "kl": []}
+    for start in range(0, len(prompts), settings.batch_size):
+        rows = range(len(prompts))[start : start + settings.batch_size]
+        made = collect(policy, tokenizer, prompts.select(rows), uniforms[rows], temperature, policy.causal.device)
+        texts += made.responses
+        values["length_tokens"].append(made.sequences.response_lengths)
+        values["eos_rate"].append(made.ended)
+        values["kl"].append(per_token(kl, made.sequences, TOKENS_AT_ONCE).sum(1))
+    return Answers(texts, {name: torch.cat(parts).double().cpu().numpy() for name, parts in values.items()})
+
+
+def _kl(policy: CausalPolicy, reference: CausalPolicy, temperature: float, sequences: Sequences) -> Tensor:
+    """KL(policy || reference) in nats at each response token, packed (N,): exact over the vocabulary.
+
+    sum_v p(v) (log p(v) - log q(v)), p and q the two policies' tempered next-token distributions after the same
+    beginning. The sum over a sampled response estimates the KL of the two distributions over responses without bias,
+    as does the sum of log p - log q of the sampled tokens, but with far less variance and never below 0.
+    """
+    ours = response_hidden(policy.causal.base_model, sequences)
+    theirs = ours if policy is reference else response_hidden(reference.causal.base_model, sequences)
+    size = max(1, LOGITS_AT_ONCE // policy.causal.config.vocab_size)
+    parts = []
+    for start in range(0, len(ours), size):
+        rows = slice(start, start + size)
+        log_p = (policy.logits(ours[rows]) / temperature).log_softmax(-1)
+        log_q = (reference.logits(theirs[rows]) / temperature).log_softmax(-1)
+        parts.append(F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).clamp_min(0.0))
+    return torch.cat(parts)
+
+
+def _check_room(policy: CausalPolicy, prompts: Prompts, new: int) -> None:
+    """See that every prompt and its response fit into the model's context."""
+    limit = getattr(policy.causal.config, "max_position_embeddings", None)
+    longest = max(map(len, prompts.token_ids))
+    if limit is not None and longest + new > limit:
+        raise DataError(
+            f"a held-out prompt of {longest} tokens and evaluate.max_new_tokens {new} do not fit into the model's "
+            f"context of {limit} tokens; lower evaluate.max_new_tokens, or set data.max_prompt_tokens"
+        )
+
+
+def _given_answers(context: Context, rows: HeldOut) -> Answers:
+    """The references as if a policy had written them: a yardstick for every score."""
+    tokenizer = _tokenizer(context)
+    lengths = [
+        np.nan if text is None else len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
+        for text in rows.references
+    ]
+    return Answers(rows.references, {"length_tokens": np.array(lengths, dtype=np.float64)})
+
+
+# --- scores ---------------------------------------------------------------------------------------------------------
+
+
+def _scorers(context: Context) -> dict[str, rewards.Scorer]:
+    """The reward model, where that stage is on, then the scorers of the configuration."""
+    found: dict[str, rewards.Scorer] = {}
+    if "reward" in context.inputs:
+        path = context.input("reward/model")
+        trusted = context.config.model.trust_remote_code
+        model = models.load_reward_model(path, trust_remote_code=trusted).eval()
+        model.to(training.device_of(context.config.resources))
+        found["reward"] = rewards.RewardModel(model, models.load_tokenizer(path, trust_remote_code=trusted))
+    for name, function in context.config.evaluate.scorers.items():
+        found[name] = rewards.FunctionScorer(rewards.load_function(function), function)
+    return found
+
+
+def _judged(scorers: Mapping[str, rewards.Scorer], rows: HeldOut, texts: Sequence[str | None]) -> dict[str, Floats]:
+    """Every score of the texts, (n,), and their words; NaN where there is no text."""
+    known = [row for row, text in enumerate(texts) if text is not None]
+    responses = [texts[row] or "" for row in known]
+    asked = rows.prompts.select(known)
+    found: dict[str, Any] = {
+        name: scorer(asked.texts, responses, asked.columns) for name, scorer in scorers.items()
+    }
+    found["length_words"] = metrics.word_lengths(responses)
+    values = {name: np.full(len(texts), np.nan) for name in found}
+    for name, scores in found.items():
+        values[name][known] = scores
+    return values
+
+
+def _against_references(texts: Sequence[str | None], references: Sequence[str | None]) -> dict[str, Floats]:
+    """ROUGE, sentence BLEU and METEOR of each text, (n,); nothing without a single reference."""
+    if not any(references):
+        return {}
+    predictions, targets = [text or "" for text in texts], [reference or "" for reference in references]
+    found = metrics.text_metrics().compute(predictions=predictions, references=targets, per_example=True)
+    return {name: np.array(values, dtype=np.float64) for name, values in found.items()}
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+def _report(context: Context, rows: HeldOut, answers: Mapping[str, Answers], judged: list[str]) -> report.Report:
+    """Everything in report.json."""
+    settings = context.config.evaluate
+    sure = {"confidence": settings.confidence, "resamples": settings.bootstrap, "seed": context.config.seed}
+    values = {name: answer.values for name, answer in answers.items()}
+    policies = [name for name in answers if name != "reference"]
+    return {
+        "name": context.config.name,
+        "prompts": len(rows.prompts),
+        "settings": {
+            "temperature": settings.temperature,
+            "kl_temperature": settings.temperature or 1.0,
+            "max_new_tokens": settings.max_new_tokens,
+            "seed": context.config.seed,
+            "confidence": settings.confidence,
+            "bootstrap": settings.bootstrap,
+        },
+        "kl_reference": "sft" if "sft" in answers else "base",
+        "judged": judged,
+        "metrics": {name: _estimates(answer, rows.references, sure) for name, answer in answers.items()},
+        "comparison": _comparison(values, policies, judged, sure),
+        "distributions": report.distributions(values, [*judged, "length_tokens"]),
+        "pairs": _pairs(context, sure),
+        "curves": _curves(context),
+    }
+
+
+def _estimates(answer: Answers, references: Sequence[str | None], sure: Mapping[str, Any]) -> dict[str, Any]:
+    found = {name: intervals.bootstrap_interval(values, **sure) for name, values in answer.values.items()}
+    texts = [text for text in answer.texts if text is not None]
+    for order in (1, 2):
+        statistic = metrics.distinct(texts, order)
+        found[f"distinct{order}"] = intervals.corpus_bootstrap(statistic, len(texts), limits=(0.0, 1.0), **sure)
+    if "sentence_bleu" in answer.values:
+        pairs = [(text or "", given) for text, given in zip(answer.texts, references, strict=True) if given]
+        counts = metrics.bleu_statistics([text for text, _ in pairs], [given for _, given in pairs])
+        found["bleu"] = intervals.corpus_bootstrap(
+            metrics.bleu_statistic(counts), len(pairs), limits=(0.0, 100.0), **sure
+        )
+    return {name: estimate._asdict() for name, estimate in found.items()}
+
+
+def _comparison(
+    values: Mapping[str, Mapping[str, Floats]], policies: Sequence[str], judged: Sequence[str], sure: Mapping[str, Any]
+) -> report.Report | None:
+    """The last policy against the one before it, by every score: win rates and paired differences."""
+    if len(policies) < 2:
+        return None
+    baseline, candidate = policies[-2:]
+
+    def by_score(compare: Callable[..., Estimate]) -> dict[str, Any]:
+        return {name: compare(values[candidate][name], values[baseline][name], **sure)._asdict() for name in judged}
+
+    return {
+        "candidate": candidate,
+        "baseline": baseline,
+        "win_rates": by_score(intervals.win_rate),
+        "differences": by_score(intervals.paired_difference),
+    }
+
+
+def _pairs(context: Context, sure: Mapping[str, Any]) -> report.Report | None:
+    """Scores of both sides of the held-out preference pairs, as the reward stage recorded them."""
+    if not context.has("reward/scores.parquet"):
+        return None
+    table = pq.read_table(context.input("reward/scores.parquet"), filters=[("split", "==", "test")])
+    chosen, rejected = (table[f"{side}_score"].to_numpy() for side in ("chosen", "rejected"))
+    if not table.num_rows:
+        return None
+    sides = {"chosen": {"score": chosen}, "rejected": {"score": rejected}}
+    return {
+        "n": table.num_rows,
+        "accuracy": intervals.win_rate(chosen, rejected, **sure)._asdict(),
+        "scores": report.distributions(sides, ["score"])["score"],
+    }
+
+
+def _curves(context: Context) -> dict[str, list[float]] | None:
+    """Reward and KL of each PPO update, as the ppo stage recorded them."""
+    if not context.has("ppo/curves.parquet"):
+        return None
+    table = pq.read_table(context.input("ppo/curves.parquet"))
+    curves: dict[str, list[float]] = table.select(["step", *report.CURVES]).to_pydict()
+    return curves
+
+
+def _samples(rows: HeldOut, answers: Mapping[str, Answers]) -> dict[str, list[Any]]:
+    """Columns of samples.parquet: prompt, reference, a text for each policy, then ``<policy>_<metric>``."""
+    columns: dict[str, list[Any]] = {"prompt": list(rows.prompts.texts), "reference": rows.references}
+    columns |= {name: list(answer.texts) for name, answer in answers.items()}
+    for name, answer in answers.items():
+        columns |= {f"{name}_{metric}": values.tolist() for metric, values in answer.values.items()}
+    return columns
+
+
+def _finals(made: report.Report) -> dict[str, float]:
+    found: dict[str, float] = {}
+
+    def add(name: str, estimate: Mapping[str, float], bounds: bool) -> None:
+        figures = {name: estimate["value"]}
+        if bounds:
+            figures |= {f"{name}_low": estimate["low"], f"{name}_high": estimate["high"]}
+        found.update({key: float(value) for key, value in figures.items() if np.isfinite(value)})
+
+    for policy, estimates in made["metrics"].items():
+        for metric, estimate in estimates.items():
+            add(f"evaluate/{policy}/{metric}", estimate, metric in HEADLINES or metric in made["judged"])
+    comparison = made["comparison"] or {"win_rates": {}, "differences": {}}
+    for kind, estimates in (("win_rate", comparison["win_rates"]), ("difference", comparison["differences"])):
+        for metric, estimate in estimates.items():
+            add(f"evaluate/{kind}/{metric}", estimate, True)
+    return found

@@ -1,0 +1,122 @@
+"""The plots of an evaluation, as PNG files.
+
+The same numbers give the same bytes: own style whatever the user's matplotlibrc says, the font that comes with
+matplotlib, no date or version in the file. Colours are Okabe and Ito's, which colour-blind people can tell apart; each
+policy has a hatch or line style of its own too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Floats = NDArray[np.float64]
+
+
+class Look(NamedTuple):
+    """How one policy, or one side of the preference pairs, is drawn."""
+
+    colour: str
+    hatch: str
+    line: str
+
+
+LOOKS = {
+    "base": Look("#999999", "", ":"),
+    "sft": Look("#0072B2", "//", "--"),
+    "ppo": Look("#D55E00", "..", "-"),
+    "reference": Look("#009E73", "xx", "-."),
+    "chosen": Look("#0072B2", "//", "-"),
+    "rejected": Look("#D55E00", "..", "--"),
+}
+_STYLE = {
+    "font.family": "DejaVu Sans",
+    "font.size": 12.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#dddddd",
+    "hatch.linewidth": 0.6,
+}
+
+
+def boxplot(path: Path, panels: Mapping[str, Mapping[str, Floats]]) -> None:
+    """A panel for each score: box from quartile to quartile, line at the median, whiskers at 5 and 95 %, diamond at the
+    mean. ``panels`` maps a score's label to the values (n,) of each policy; NaN is left out."""
+    with _figure(path, len(panels)) as axes:
+        for ax, (label, groups) in zip(axes, _known(panels).items(), strict=True):
+            boxes = ax.boxplot(
+                list(groups.values()),
+                orientation="horizontal",
+                whis=(5, 95),
+                showfliers=False,
+                showmeans=True,
+                widths=0.6,
+                patch_artist=True,
+                medianprops={"color": "black", "linewidth": 2},
+                meanprops={"marker": "D", "markerfacecolor": "white", "markeredgecolor": "black"},
+            )
+            for box, name in zip(boxes["boxes"], groups, strict=True):
+                box.set(facecolor=LOOKS[name].colour, hatch=LOOKS[name].hatch, alpha=0.75)
+            ax.set_yticks(range(1, len(groups) + 1), list(groups))
+            ax.invert_yaxis()
+            ax.set_xlabel(label)
+
+
+def histogram(path: Path, panels: Mapping[str, tuple[Sequence[float], Mapping[str, Sequence[int]]]]) -> None:
+    """A panel for each score: the share of responses in each bin, as steps. ``panels`` maps a label to the bins' edges
+    (b + 1) and each policy's counts (b,)."""
+    with _figure(path, len(panels)) as axes:
+        for ax, (label, (edges, groups)) in zip(axes, panels.items(), strict=True):
+            for name, counts in groups.items():
+                share = 100 * np.asarray(counts, dtype=np.float64) / max(1, sum(counts))
+                look = LOOKS[name]
+                ax.stairs(share, list(edges), label=name, color=look.colour, linestyle=look.line, linewidth=2.5)
+            ax.set_xlabel(label)
+            ax.set_ylabel("share of responses, %")
+            ax.legend(frameon=False)
+
+
+def curves(path: Path, steps: Sequence[int], panels: Mapping[str, Sequence[float]]) -> None:
+    """A panel for each curve over PPO updates; ``panels`` maps its label to its values, one for each step."""
+    from matplotlib.ticker import MaxNLocator
+
+    with _figure(path, len(panels)) as axes:
+        for ax, (label, values) in zip(axes, panels.items(), strict=True):
+            ax.plot(list(steps), list(values), color=LOOKS["ppo"].colour, linewidth=2)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+            ax.set_xlabel("PPO update")
+            ax.set_ylabel(label)
+
+
+@contextmanager
+def _figure(path: Path, panels: int) -> Iterator[list[Axes]]:
+    """Panels one below the other, written to ``path`` at the end. No pyplot: no global figure, no display."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        figure: Figure = Figure(figsize=(7.5, 3.4 * max(1, panels)), layout="constrained")
+        FigureCanvasAgg(figure)
+        yield list(figure.subplots(max(1, panels), 1, squeeze=False)[:, 0])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _known(panels: Mapping[str, Mapping[str, Floats]]) -> dict[str, dict[str, Floats]]:
+    return {
+        label: {name: values[~np.isnan(values)] for name, values in groups.items()} for label, groups in panels.items()
+    }

@@ -1,0 +1,91 @@
+"""What one update learns from: sampled responses, and what the models and rewards say about them.
+
+Shapes: B episodes of this process, T response tokens of the longest one. Whatever is (B, T) has no meaning where
+``sequences.mask`` is False.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.ppo import batching
+from rlhf.ppo.batching import Prompts
+from rlhf.ppo.generation import generate
+from rlhf.ppo.policy import CausalPolicy, Sequences, unpack
+
+
+class Rollout(NamedTuple):
+    """Responses that the policy sampled. ``logprobs`` and ``entropies`` (B, T) are at the sampling temperature."""
+
+    prompts: Prompts
+    responses: list[str]  # texts, without special tokens
+    sequences: Sequences
+    ended: Tensor  # (B,), whether the response has an end-of-sequence token
+    logprobs: Tensor
+    entropies: Tensor
+
+
+class Scored(NamedTuple):
+    """What the rewards, the reference and the value model say about a rollout."""
+
+    raw_scores: Tensor  # (B,), the weighted sum as the rewards gave it
+    scores: Tensor  # (B,), after clipping and the rule for missing end-of-sequence
+    components: dict[str, Tensor]  # name -> (B,), each reward before its weight
+    ref_logprobs: Tensor  # (B, T)
+    values: Tensor  # (B, T)
+
+
+class Experience(NamedTuple):
+    """What the epochs of an update work on. All but ``sequences`` (B, T), from before its first step.
+
+    ``rewards`` are those that the metrics report; if they are whitened, advantages and returns come from whitened ones.
+    """
+
+    sequences: Sequences
+    logprobs: Tensor
+    values: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    returns: Tensor
+
+    def select(self, rows: Tensor) -> Experience:
+        """Some of the rows, with the columns that these need."""
+        sequences = self.sequences.select(rows)
+        width = sequences.responses.shape[1]
+        return Experience(sequences, *(tensor[rows, :width] for tensor in self[1:]))
+
+
+def collect(
+    policy: CausalPolicy,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Prompts,
+    uniforms: Tensor,
+    temperature: float,
+    device: torch.device,
+) -> Rollout:
+    """Sample a response to each prompt. ``uniforms`` (B, limit) in [0, 1) decide the draws and the length limit."""
+    ids, lengths = batching.pad(prompts.token_ids, device)
+    generated = generate(
+        policy, ids, lengths, uniforms.to(device), temperature, eos_token_id=int(tokenizer.eos_token_id)
+    )
+    sequences = Sequences(ids, lengths, generated.responses, generated.lengths)
+    tokens, counts = generated.responses.tolist(), generated.lengths.tolist()
+    texts = tokenizer.batch_decode(
+        [row[:count] for row, count in zip(tokens, counts, strict=True)], skip_special_tokens=True
+    )
+    return Rollout(prompts, texts, sequences, generated.ended, generated.logprobs, generated.entropies)
+
+
+@torch.no_grad()
+def per_token(forward: Callable[[Sequences], Tensor], sequences: Sequences, tokens_at_once: int) -> Tensor:
+    """Run a model that gives packed (N,) numbers over a rollout in micro-batches, without gradients. -> (B, T)."""
+    result = torch.zeros(sequences.responses.shape, device=sequences.responses.device)
+    for rows in batching.micro_batches(sequences.lengths, tokens_at_once):
+        part = sequences.select(rows)
+        result[rows, : part.responses.shape[1]] = unpack(forward(part).float(), part.mask)
+    return result

@@ -1,0 +1,114 @@
+"""The metrics of an update, and of a whole training. Averages are over real response tokens, or over episodes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from rlhf.ppo import core
+from rlhf.ppo.rollout import Experience, Rollout, Scored
+from rlhf.ppo.state import Progress, Sample
+
+if TYPE_CHECKING:
+    from rlhf.config import Ppo
+    from rlhf.ppo.trainer import Optimised
+
+SAMPLES = 16  # rows of one table
+
+
+def metrics(
+    rollout: Rollout,
+    scored: Scored,
+    experience: Experience,
+    optimised: Optimised,
+    total: core.Total,
+) -> dict[str, float]:
+    """The metrics that are functions of the seed.
+
+    ``ppo/reward_*`` are of an episode's sum of rewards before any whitening, ``ppo/score_*`` of its score as it went
+    into them, ``ppo/reward/<name>`` of one component before its weight; ``ppo/kl`` is in nats per sequence, by
+    the unbiased k1 whatever estimator the rewards use. The advantages are those before whitening. What comes
+    from the optimizer steps is averaged over them (``ratio_max`` is the maximum).
+    """
+    mask = rollout.sequences.mask
+    every = torch.ones_like(rollout.ended)  # episodes have no mask
+
+    def mean(values: Tensor) -> float:
+        return core.moments(values.float(), every, total).mean.item()
+
+    def spread(values: Tensor) -> float:
+        return core.moments(values.float(), every, total).variance.sqrt().item()
+
+    kl = core.kl_per_token(rollout.logprobs, scored.ref_logprobs, mask, "k1").sum(1)
+    rewards = experience.rewards.sum(1)
+    advantages = core.moments(experience.advantages, mask, total)
+    result = {
+        "reward_mean": mean(rewards),
+        "reward_std": spread(rewards),
+        "score_mean": mean(scored.scores),
+        "score_std": spread(scored.scores),
+        "kl": mean(kl),
+        "entropy": core.moments(rollout.entropies, mask, total).mean.item(),
+        "explained_variance": core.explained_variance(scored.values, experience.returns, mask, total).item(),
+        "advantage_mean": advantages.mean.item(),
+        "advantage_std": advantages.variance.sqrt().item(),
+        "response_length_mean": mean(rollout.sequences.response_lengths),
+        "eos_rate": mean(rollout.ended),
+    }
+    result |= {f"reward/{name}": mean(values.to(mask.device)) for name, values in scored.components.items()}
+    steps = optimised._asdict()
+    result |= {name: average(values) for name, values in steps.items()} | {"ratio_max": max(optimised.ratio_max)}
+    return {f"ppo/{name}": value for name, value in result.items()}
+
+
+def timings(seconds: Mapping[str, float], tokens: float) -> dict[str, float]:
+    """The metrics that depend on the machine; ``tokens`` is the number of response tokens of all processes."""
+    result = {f"ppo/seconds/{part}": value for part, value in seconds.items()}
+    result["ppo/tokens_per_second"] = tokens / sum(seconds.values())
+    result["ppo/peak_memory_bytes"] = float(peak_memory())
+    return result
+
+
+def peak_memory() -> int:
+    """Most bytes so far: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def finals(progress: Progress, settings: Ppo) -> dict[str, float]:
+    """The metrics of the whole training: means over the last tenth of its updates, at least one."""
+    last = max(1, settings.updates // 10)
+    result = {f"ppo/final_{name}": average(values[-last:]) for name, values in progress.history.items()}
+    result["ppo/final_kl_coef"] = progress.kl_coef
+    result["ppo/updates"] = float(settings.updates)
+    result["ppo/episodes"] = float(settings.updates * settings.episodes)
+    return result
+
+
+def samples(update: int, rollout: Rollout, scored: Scored) -> list[Sample]:
+    """The first rows of a rollout, for people to read."""
+    rows = zip(rollout.prompts.texts, rollout.responses, scored.scores.tolist(), strict=True)
+    return [Sample(update, prompt, response, score) for prompt, response, score in rows][:SAMPLES]
+
+
+def unchanged(mask: Tensor) -> core.PolicyLoss:
+    """The policy's part while only the value model learns: every ratio is 1."""
+    zero = torch.zeros((), device=mask.device)
+    return core.PolicyLoss(zero, zero, zero, mask.sum(), torch.ones((), device=mask.device))
+
+
+def average(values: Sequence[float]) -> float:
+    """Their mean; there is at least one."""
+    return sum(values) / len(values)
+
+
+def share_above(values: Sequence[float], limit: float) -> float:
+    """How many of them are above a limit, as a share."""
+    return sum(value > limit for value in values) / len(values)

@@ -1,0 +1,121 @@
+"""Tokenizers in ``prepare``: one trained on the user's texts, and the lengths of texts in tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoConfig, PreTrainedTokenizerFast
+
+from rlhf.errors import ModelError
+from rlhf.models import prompt_token_ids
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rlhf.config import Model
+
+END = "<|endoftext|>"  # begins, ends and pads the texts of a tokenizer that is trained here
+BATCH = 4096  # texts tokenized at once
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer; the same texts, in any order, give the same one.
+
+    No text is unknown to it, as each of the 256 bytes is a token (Radford et al. 2019, section 2.2). It has
+    fewer than ``vocab_size`` tokens only where the texts have no more: once every word is one token.
+
+    Args:
+        texts: what the merges are learned from.
+        vocab_size: most tokens, the 256 bytes and one special token included.
+        context: longest sequence of the model, in tokens.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END,
+        eos_token=END,
+        pad_token=END,
+        model_max_length=context,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def context_length(model: Model) -> int | None:
+    """The longest sequence that a model takes, in tokens; ``None`` where its configuration knows no limit.
+
+    Raises:
+        ModelError: its configuration cannot be loaded.
+    """
+    if model.path is None:
+        return model.context
+    try:
+        config = AutoConfig.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ModelError(f"model.path {model.path!r} has no configuration that can be read: {reason}") from error
+    limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit
+
+
+class Lengths:
+    """Lengths of texts in tokens. No text is tokenized twice."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, int] = {}
+        self._prompt_extra = len(prompt_token_ids(tokenizer, ["a"])[0]) - len(self._ids(["a"])[0])
+
+    def of_prompts(self, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Tokens of each text as a prompt: with the beginning-of-sequence token where there is one. (N,)"""
+        return self._of(texts) + self._prompt_extra
+
+    def of_responses(self, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Tokens of each text as a response: with the end-of-sequence token. (N,)"""
+        return self._of(texts) + 1
+
+    def _of(self, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
+        new = iter(dict.fromkeys(text for text in texts if text not in self._known))
+        while batch := list(islice(new, BATCH)):
+            self._known.update(zip(batch, map(len, self._ids(batch)), strict=True))
+        return np.array([self._known[text] for text in texts], dtype=np.int64)
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        encoded = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+
+def statistics(lengths: np.ndarray[Any, np.dtype[np.int64]]) -> dict[str, float]:
+    """Minimum, mean, median, 95th percentile and maximum of lengths (N,), in tokens; empty for N = 0."""
+    if not len(lengths):
+        return {}
+    p50, p95 = np.percentile(lengths, (50, 95))
+    return {
+        "min": int(lengths.min()),
+        "mean": float(lengths.mean()),
+        "p50": float(p50),
+        "p95": float(p95),
+        "max": int(lengths.max()),
+    }

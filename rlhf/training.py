@@ -1,0 +1,316 @@
+"""What trainings share: seeds, threads, device; and the Hugging Face Trainer made to resume exactly and to report here.
+
+The optimizer steps of a Trainer are a function of the seed, the rows and the settings alone: rows come in an order
+that is computed from seed and epoch, and a run that resumes from a checkpoint ends with the same weights and the
+same journal, bit for bit on a CPU, as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers.utils import logging as hf_logging
+
+from rlhf import checkpoints
+from rlhf.errors import ConfigError, TrainingError
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+    from rlhf.config import Resources, Supervised
+    from rlhf.context import Context
+
+log = logging.getLogger(__name__)
+
+A = TypeVar("A", bound=TrainingArguments)
+
+MARK = "journal.json"  # in a checkpoint: how far the journal was
+SORTED_TOGETHER = 50  # batches whose rows are sorted by length among themselves
+
+# What a Trainer logs, by the name it has here; anything else (run times, floating-point operations) is left out.
+CURVES = {
+    "loss": "loss",
+    "learning_rate": "learning_rate",
+    "grad_norm": "grad_norm",
+    "accuracy": "accuracy",
+    "margin": "margin",
+    "mean_reward": "score_mean",
+    "min_reward": "score_min",
+    "max_reward": "score_max",
+}
+SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+# ---------------------------------------------------------------------------------------- seeds, threads, device
+def seed_everything(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch (every device)."""
+    set_seed(seed)
+
+
+def set_threads(resources: Resources) -> None:
+    """Set torch's number of CPU threads; 0 leaves it as it is: all cores, or what OMP_NUM_THREADS says."""
+    if resources.threads:
+        torch.set_num_threads(resources.threads)
+
+
+def device_of(resources: Resources) -> torch.device:
+    """The device to compute on.
+
+    Raises:
+        ConfigError: CUDA is asked for and there is none.
+    """
+    if resources.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "resources.device is `cuda`, but torch sees no CUDA device: install a CUDA build of torch, or set "
+            "resources.device to `auto` or `cpu`"
+        )
+    wants_cuda = resources.device != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if wants_cuda else "cpu")
+
+
+def uses_bf16(resources: Resources) -> bool:
+    """Whether forward passes run under bfloat16 autocast."""
+    return resources.precision == "bf16" or (resources.precision == "auto" and device_of(resources).type == "cuda")
+
+
+# ------------------------------------------------------------------------------------------- Hugging Face Trainer
+def training_arguments(cls: type[A], section: Supervised, context: Context, **extra: Any) -> A:
+    """The arguments of a Hugging Face Trainer for one of the supervised stages.
+
+    Checkpoints fall on logged steps (``checkpoint_every`` is rounded up to a multiple of ``log_every``), as a Trainer
+    forgets at a resume what it has averaged since the last log. Nothing is sent anywhere, printed, or drawn.
+
+    Args:
+        cls: ``SFTConfig`` or ``RewardConfig``, or any other kind of ``TrainingArguments``.
+        extra: further arguments of ``cls``.
+    """
+    config, device = context.config, device_of(context.config.resources)
+    micro_batch = section.micro_batch_size or section.batch_size
+    arguments: A = cls(
+        output_dir=str(context.checkpoints),
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=section.batch_size // micro_batch,
+        num_train_epochs=section.epochs,
+        max_steps=section.max_steps or -1,
+        optim="adamw_torch_fused",
+        learning_rate=section.learning_rate,
+        lr_scheduler_type=SCHEDULES[section.schedule],
+        warmup_steps=min(section.warmup_fraction, 1 - 1e-9),  # below 1 it is a share, from 1 on a number of steps
+        weight_decay=section.weight_decay,
+        adam_beta2=section.beta2,
+        max_grad_norm=section.max_grad_norm,
+        logging_steps=section.log_every,
+        logging_nan_inf_filter=False,  # it would replace a loss that is not finite by the mean of the others
+        save_strategy="steps",
+        save_steps=math.ceil(section.checkpoint_every / section.log_every) * section.log_every,
+        eval_strategy="no",
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=device.type == "cpu",
+        bf16=uses_bf16(config.resources),
+        use_cache=True,  # in the configuration that is saved; the trainers' own forward passes do without
+        activation_checkpointing=config.model.gradient_checkpointing,
+        dataloader_pin_memory=device.type == "cuda",
+        report_to=[],
+        disable_tqdm=True,
+        **extra,
+    )
+    if arguments.n_gpu > 1:  # one process takes one GPU; a Trainer would spread over all that it sees
+        arguments._n_gpu = 1
+    return arguments
+
+
+class PipelineTrainer:
+    """Comes before a TRL trainer in the bases of a class: exact order of rows, losses checked, no traces elsewhere.
+
+    ``train_dataset`` must have a column ``length``, in tokens.
+    """
+
+    stage: str
+    args: TrainingArguments
+    state: TrainerState
+    train_dataset: Any
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        rows_a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedSampler(self.train_dataset["length"], rows_a_step, self.args.seed)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if not torch.isfinite(loss):
+            raise TrainingError(_not_finite("loss", loss.item(), self.stage, self.state.global_step + 1))
+        return loss
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL writes a README.md beside the checkpoints; none is wanted."""
+
+    def _send_telemetry(self) -> None:
+        """TRL sends model architecture and hardware to the hub when a trainer is made; nothing is sent from here."""
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """Every row once an epoch, rows of similar length in one batch, so that little is computed on padding.
+
+    The order is a function of seed and epoch. (transformers' own sampler of this name draws from the global
+    generator, so that an epoch that is entered a second time, on resuming, has another order.)
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self._lengths = np.asarray(lengths)
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = np.random.default_rng((self._seed, self._epoch))
+        rows, size = generator.permutation(len(self)), self._batch_size
+        batches: list[np.ndarray[Any, Any]] = []
+        for start in range(0, len(rows), size * SORTED_TOGETHER):
+            chunk = rows[start : start + size * SORTED_TOGETHER]
+            chunk = chunk[np.argsort(-self._lengths[chunk], kind="stable")]
+            batches += [chunk[i : i + size] for i in range(0, len(chunk), size)]
+        partial = [batch for batch in batches if len(batch) < size]  # at most one; batches are cut from the start
+        whole = [batch for batch in batches if len(batch) == size]
+        for index in generator.permutation(len(whole)):
+            yield from whole[index].tolist()
+        for batch in partial:
+            yield from batch.tolist()
+
+
+class PipelineCallback(TrainerCallback):  # type: ignore[misc]
+    """Sends a Trainer's numbers to the stage's tracker, and seals its checkpoints.
+
+    ``evaluate`` is called after each epoch but the last one; what it returns is logged under the stage's name.
+    """
+
+    def __init__(self, context: Context, evaluate: Callable[[], Mapping[str, float]] | None = None) -> None:
+        self._context = context
+        self._evaluate = evaluate
+        self._loss = math.nan
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        logs: dict[str, float] = kwargs["logs"]
+        values = {name: float(logs[key]) for key, name in CURVES.items() if key in logs}
+        if not values:  # the summary after the last step
+            return
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise TrainingError(_not_finite(name, value, self._context.stage, state.global_step))
+        self._loss = values["loss"]
+        log_values(self._context, values, state.global_step)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        live = {} if math.isnan(self._loss) else {"loss": self._loss}
+        self._context.tracker.progress(state.global_step, state.max_steps, **live)
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last steps too, where log_every does not divide their number
+        elif self._evaluate is not None and float(state.epoch or 0.0).is_integer():
+            log_values(self._context, self._evaluate(), state.global_step)
+            kwargs["model"].train()  # in evaluation mode, TRL would put the metrics of the next log aside
+        return control
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        directory = Path(str(args.output_dir))
+        path = directory / f"checkpoint-{state.global_step}"
+        (path / MARK).write_text(json.dumps({"mark": self._context.tracker.mark()}), encoding="utf-8")
+        checkpoints.seal(path)
+        checkpoints.prune(directory)
+
+
+def resume_from(context: Context) -> Path | None:
+    """The checkpoint to go on from: the newest that verifies, or None. The others that are newer are deleted.
+
+    The stage's journal is cut back to where it was then.
+    """
+    path = checkpoints.latest(context.checkpoints)
+    checkpoints.drop_after(context.checkpoints, path)
+    if path is None:
+        return None
+    context.tracker.rewind(json.loads((path / MARK).read_text(encoding="utf-8"))["mark"])
+    log.info("%s: resuming from step %d", context.stage, checkpoints.step_of(path))
+    return path
+
+
+def train(
+    trainer: Trainer,
+    context: Context,
+    checkpoint: Path | None,
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+) -> None:
+    """Run a Trainer to its end, from a checkpoint of ``resume_from`` or from the start.
+
+    Raises:
+        TrainingError: a loss or gradient is not finite; the checkpoints before it are kept.
+    """
+    trainer.stage = context.stage
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(PipelineCallback(context, evaluate))
+    with quiet():
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars of transformers, which draws one for every model that is saved."""
+    bars = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _not_finite(name: str, value: float, stage: str, step: int) -> str:
+    return (
+        f"{stage}: the {name} is {value} at step {step}; the last good checkpoint is kept. Lower {stage}.learning_rate "
+        f"or {stage}.max_grad_norm, or look for broken rows in the data"
+    )
+
+
+# -------------------------------------------------------------------------------------------------- small helpers
+def log_values(context: Context, values: Mapping[str, float], step: int) -> None:
+    """Log values under the stage's name; nothing where there are none."""
+    if values:
+        context.tracker.log({f"{context.stage}/{name}": value for name, value in values.items()}, step)
+
+
+def last_logged(trainer: Trainer, name: str) -> float:
+    """The value that a Trainer logged last under a name."""
+    return next(float(entry[name]) for entry in reversed(trainer.state.log_history) if name in entry)
+
+
+def trainable_parameters(model: torch.nn.Module) -> int:
+    """How many numbers the optimizer changes."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def batches_by_length(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    """Indices of all rows in batches of similar length, longest first."""
+    order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def padded(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """Rows of numbers as one tensor (B, T), filled up on the right."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)

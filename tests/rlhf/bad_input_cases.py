@@ -1,0 +1,526 @@
+"""Everything that users get wrong in a configuration or in data, and what the message must then say.
+
+Each case starts from a small project that is fine (``good``) and breaks one thing. Other tests import ``CASES``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+ROWS = 40
+Made = tuple[Path | str, list[str]]  # the configuration (a file, or the name of a preset), the overrides
+
+CONFIG = """\
+name: tiny
+data:
+  demonstrations: demonstrations.jsonl
+  prompts: prompts.json
+  preferences: pairs.csv
+  validation_fraction: 0.2
+  test_fraction: 0.3
+model:
+  init: random
+  layers: 1
+  width: 8
+  heads: 2
+  context: 64
+  vocab_size: 300
+judge:
+  annotators: [anna, ben]
+ppo:
+  max_new_tokens: 8
+  episodes: 8
+evaluate:
+  max_new_tokens: 8
+"""
+
+
+class Case(NamedTuple):
+    """``make`` writes a broken project into a folder; each of ``fragments`` must be in the message."""
+
+    name: str
+    make: Callable[[Path], Made]
+    fragments: tuple[str, ...]
+
+
+def good(folder: Path) -> Path:
+    """A project with nothing wrong: demonstrations, prompts and pairs in three formats, and ``config.yaml``."""
+    demonstrations = [{"prompt": f"What is {i} plus {i}?", "response": f"It is {2 * i}."} for i in range(ROWS)]
+    prompts = [{"prompt": f"What is {i} times 2?", "reference": f"It is {2 * i}.", "n": i} for i in range(ROWS)]
+    (folder / "demonstrations.jsonl").write_text("\n".join(map(json.dumps, demonstrations)) + "\n", "utf-8")
+    (folder / "prompts.json").write_text("[\n" + ",\n".join(map(json.dumps, prompts)) + "\n]\n", "utf-8")
+    cells = io.StringIO()
+    writer = csv.writer(cells, lineterminator="\n")
+    writer.writerow(["prompt", "chosen", "rejected", "anna", "ben"])
+    for i in range(ROWS):
+        verdicts = ["chosen", "rejected" if i % 3 else "chosen"] if i % 2 else ["", ""]
+        writer.writerow([f"What is {i} minus 1?", f"It is {i - 1}.", f"It is {i}, perhaps.", *verdicts])
+    (folder / "pairs.csv").write_text(cells.getvalue(), "utf-8")
+    (folder / "config.yaml").write_text(CONFIG, "utf-8")
+    return folder / "config.yaml"
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    """Replace the one place in a file where ``old`` is."""
+    text = path.read_text("utf-8")
+    assert text.count(old) == 1, f"{old!r} is {text.count(old)} times in {path}"
+    path.write_text(text.replace(old, new), "utf-8")
+
+
+def edited(file: str, *edits: tuple[str, str], overrides: Sequence[str] = ()) -> Callable[[Path], Made]:
+    """The good project with some text of one file replaced."""
+
+    def make(folder: Path) -> Made:
+        config = good(folder)
+        for old, new in edits:
+            replace(folder / file, old, new)
+        return config, list(overrides)
+
+    return make
+
+
+def written(file: str, content: str | bytes) -> Callable[[Path], Made]:
+    """The good project with one file overwritten."""
+
+    def make(folder: Path) -> Made:
+        config = good(folder)
+        (folder / file).write_bytes(content.encode() if isinstance(content, str) else content)
+        return config, []
+
+    return make
+
+
+def overridden(*overrides: str) -> Callable[[Path], Made]:
+    """The good project with overrides, in which ``HERE`` is its folder."""
+
+    def make(folder: Path) -> Made:
+        return good(folder), [text.replace("HERE", str(folder)) for text in overrides]
+
+    return make
+
+
+def configured(old: str, new: str) -> Callable[[Path], Made]:
+    """The good project with some text of its configuration replaced."""
+    return edited("config.yaml", (old, new))
+
+
+def parquet(columns: dict[str, list[object]], setting: str = "demonstrations") -> Callable[[Path], Made]:
+    """The good project, with a Parquet file of these columns for a setting."""
+
+    def make(folder: Path) -> Made:
+        config = good(folder)
+        pq.write_table(pa.table(columns), folder / "made.parquet")
+        return config, [f"data.{setting}={folder}/made.parquet"]
+
+    return make
+
+
+def duplicated_columns(folder: Path) -> Made:
+    config = good(folder)
+    table = pa.table([pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["prompt", "response", "response"])
+    pq.write_table(table, folder / "made.parquet")
+    return config, [f"data.demonstrations={folder}/made.parquet"]
+
+
+def truncated_parquet(folder: Path) -> Made:
+    config, overrides = parquet({"prompt": ["a"], "response": ["b"]})(folder)
+    content = (folder / "made.parquet").read_bytes()
+    (folder / "made.parquet").write_bytes(content[: len(content) // 2])
+    return config, overrides
+
+
+def fake_parquet(folder: Path) -> Made:
+    config = good(folder)
+    (folder / "fake.parquet").write_text("prompt,response\na,b\n")
+    return config, [f"data.demonstrations={folder}/fake.parquet"]
+
+
+def several_splits(folder: Path) -> Made:
+    config = good(folder)
+    for name in ("train", "test"):
+        (folder / "saved" / name).mkdir(parents=True)
+    (folder / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    return config, [f"data.demonstrations={folder}/saved"]
+
+
+def broken_saved(folder: Path) -> Made:
+    config = good(folder)
+    (folder / "saved").mkdir()
+    (folder / "saved" / "dataset_info.json").write_text("{}")
+    return config, [f"data.demonstrations={folder}/saved"]
+
+
+def other_columns(folder: Path) -> Made:
+    config = good(folder)
+    (folder / "more.jsonl").write_text('{"prompt": "a", "response": "b", "mood": "c"}\n')
+    return config, [f"data.demonstrations=[{folder}/demonstrations.jsonl, {folder}/more.jsonl]"]
+
+
+def other_types(folder: Path) -> Made:
+    config = good(folder)
+    (folder / "one.jsonl").write_text('{"prompt": "a", "response": "b", "n": 1}\n')
+    (folder / "two.jsonl").write_text('{"prompt": "c", "response": "d", "n": "two"}\n')
+    return config, [f"data.demonstrations=[{folder}/one.jsonl, {folder}/two.jsonl]"]
+
+
+def repeated_elsewhere(folder: Path) -> Made:
+    config = good(folder)
+    (folder / "more.jsonl").write_text('{"prompt": "What is 7 plus 7?", "response": "It is 14."}\n')
+    return config, [f"data.demonstrations=[{folder}/demonstrations.jsonl, {folder}/more.jsonl]"]
+
+
+def no_model(folder: Path) -> Made:
+    (folder / "empty").mkdir()
+    return good(folder), ["model.init=pretrained", f"model.path={folder}/empty"]
+
+
+def broken_model(folder: Path) -> Made:
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{not json")
+    return good(folder), ["model.init=pretrained", f"model.path={folder}/model"]
+
+
+def only_one_pair(folder: Path) -> Made:
+    config = good(folder)
+    lines = (folder / "pairs.csv").read_text().splitlines()[:2]
+    (folder / "pairs.csv").write_text("\n".join(lines) + "\n")
+    return config, []
+
+
+DEMO, PROMPTS, PAIRS = "demonstrations.jsonl", "prompts.json", "pairs.csv"
+LINE_8 = '{"prompt": "What is 7 plus 7?", "response": "It is 14."}'
+ROW_8 = '{"prompt": "What is 7 times 2?", "reference": "It is 14.", "n": 7}'
+CSV_9 = 'What is 7 minus 1?,It is 6.,"It is 7, perhaps.",chosen,rejected'
+
+
+def line_8(new: str) -> Callable[[Path], Made]:
+    return edited(DEMO, (LINE_8, new))
+
+
+def row_8(new: str) -> Callable[[Path], Made]:
+    return edited(PROMPTS, (ROW_8, new))
+
+
+def csv_9(new: str) -> Callable[[Path], Made]:
+    return edited(PAIRS, (CSV_9, new))
+
+
+def preset(name: str, *overrides: str) -> Callable[[Path], Made]:
+    return lambda folder: (name, list(overrides))
+
+
+CASES: list[Case] = [
+    Case(name, make, fragments if isinstance(fragments, tuple) else (fragments,))
+    for name, make, fragments in (
+        # --- the configuration: which one
+        ("unknown preset", preset("dem"), ("there is no preset 'dem'", "did you mean 'demo'?")),
+        (
+            "preset named as a file",
+            preset("demo.yaml"),
+            ("there is no file demo.yaml", "did you mean the preset 'demo'?"),
+        ),
+        ("folder for a file", lambda folder: (folder, []), "is a folder, not a YAML file"),
+        (
+            "missing configuration",
+            lambda folder: (good(folder).with_name("confg.yaml"), []),
+            ("confg.yaml", "did you mean 'config.yaml'?"),
+        ),
+        # --- the configuration: YAML
+        ("empty configuration", written("config.yaml", "# nothing\n"), ("config.yaml", "is empty", "preset: demo")),
+        ("a list at the top", written("config.yaml", "- a\n- b\n"), ("config.yaml:1", "key: value")),
+        ("YAML syntax", configured("name: tiny", "name: tiny: x"), ("config.yaml:1:11", "not valid YAML", "tiny: x")),
+        ("tab in YAML", configured("  layers: 1", "\tlayers: 1"), ("config.yaml:10:1", "spaces, not tabs")),
+        (
+            "key given twice",
+            configured("  width: 8", "  width: 8\n  width: 16"),
+            ("config.yaml:12:3", "model.width is given twice", "line 11"),
+        ),
+        ("Latin-1 configuration", written("config.yaml", b"name: caf\xe9\n"), ("config.yaml:1", "0xe9", "UTF-8")),
+        ("unquoted braces", configured("name: tiny", "name: {{prompt}}"), ("config.yaml:1", "quotes")),
+        ("a Python object", configured("name: tiny", "name: !!python/object:os.system x"), ("config.yaml:1", "tag")),
+        ("aliases of aliases", configured("name: tiny", "name: &a\n  b: *a"), ("config.yaml", "nested too deeply")),
+        # --- the configuration: schema
+        (
+            "unknown key",
+            configured("  episodes: 8", "  episodes: 8\n  kl_coeff: 0.1"),
+            ("config.yaml:20", "ppo.kl_coeff", "unknown key", "did you mean 'kl_coef'?"),
+        ),
+        ("unknown section", configured("evaluate:", "evalute:"), ("config.yaml:20", "did you mean 'evaluate'?")),
+        ("key in no section", configured("name: tiny", "kl_coef: 1"), ("config.yaml:1", "did you mean 'ppo.kl_coef'?")),
+        (
+            "wrong type",
+            configured("  layers: 1", "  layers: two"),
+            ("config.yaml:10", "model.layers", "'two'", "whole number", "Transformer blocks"),
+        ),
+        ("fraction of a count", configured("  layers: 1", "  layers: 1.5"), ("config.yaml:10", "1.5", "whole number")),
+        ("out of range", configured("test_fraction: 0.3", "test_fraction: 1.3"), ("config.yaml:7", "1.3", "at most 1")),
+        ("below the range", configured("  layers: 1", "  layers: 0"), ("config.yaml:10", "at least 1")),
+        (
+            "unknown choice",
+            configured("init: random", "init: randm"),
+            ("config.yaml:9", "'randm'", "'pretrained' or 'random'", "did you mean 'random'?"),
+        ),
+        (
+            "number for text",
+            configured("name: tiny", "name: 7"),
+            ("config.yaml:1", "name", "7", "must be text", "quotes"),
+        ),
+        (
+            "scalar for a section",
+            configured("judge:\n  annotators: [anna, ben]", "judge: 3"),
+            ("config.yaml:15", "section"),
+        ),
+        ("list for a mapping", configured("  episodes: 8", "  rewards: [a]"), ("config.yaml:19", "mapping")),
+        (
+            "missing section",
+            written("config.yaml", "name: x\ndata: {demonstrations: a}\n"),
+            ("config.yaml", "model: is missing"),
+        ),
+        (
+            "two errors at once",
+            configured("  layers: 1\n  width: 8", "  layers: 0\n  width: x"),
+            ("2 errors", "config.yaml:10", "config.yaml:11"),
+        ),
+        # --- the configuration: what does not go together
+        (
+            "fractions of everything",
+            configured("validation_fraction: 0.2", "validation_fraction: 0.8"),
+            ("config.yaml:6", "sum"),
+        ),
+        ("pretrained without a path", configured("init: random", "init: pretrained"), ("config.yaml:9", "path")),
+        (
+            "batch that does not divide",
+            configured("episodes: 8", "minibatches: 3"),
+            ("config.yaml:19", "divide episodes 64"),
+        ),
+        ("width and heads", configured("heads: 2", "heads: 3"), ("config.yaml", "width 8", "heads 3")),
+        ("no room for a prompt", overridden("ppo.max_new_tokens=64"), ("--set ppo.max_new_tokens", "model.context 64")),
+        ("reward model without its stage", overridden("reward=off"), ("ppo.rewards", "reward stage is off")),
+        # --- overrides
+        ("override without a value", overridden("ppo.kl_coef"), ("--set 'ppo.kl_coef'", "KEY=VALUE")),
+        ("override of an unknown key", overridden("ppo.kl_coeff=1"), ("--set ppo.kl_coeff", "did you mean 'kl_coef'?")),
+        (
+            "override of a wrong type",
+            overridden("ppo.kl_coef=high"),
+            ("--set ppo.kl_coef", "'high'", "must be a number"),
+        ),
+        ("override that is not YAML", overridden("ppo.rewards=[a"), ("--set ppo.rewards", "not valid YAML")),
+        # --- files
+        (
+            "missing file",
+            overridden("data.demonstrations=HERE/demonstration.jsonl"),
+            ("data.demonstrations", "demonstration.jsonl", "did you mean 'demonstrations.jsonl'?"),
+        ),
+        ("pattern without a match", overridden("data.prompts=HERE/*.parquet"), ("data.prompts", "*.parquet")),
+        ("missing demo file", overridden("data.prompts=demo:nothing.parquet"), ("data.prompts", "nothing.parquet")),
+        (
+            "file named twice",
+            overridden("data.prompts=[HERE/prompts.json, HERE/prompts.json]"),
+            ("prompts.json", "2 times"),
+        ),
+        ("folder for data", overridden("data.prompts=HERE"), ("data.prompts", "is a folder", "*.jsonl")),
+        ("several splits", several_splits, ("holds several splits", "saved/train")),
+        ("damaged dataset folder", broken_saved, ("saved", "is damaged")),
+        ("unknown format", overridden("data.prompts=HERE/config.yaml"), ("config.yaml", "'.yaml'", ".jsonl, .json")),
+        ("empty file", written(DEMO, ""), (DEMO, "is empty")),
+        ("only blank lines", written(DEMO, "\n \n"), (DEMO, "has no rows")),
+        ("only a header", written(PAIRS, "prompt,chosen,rejected,anna,ben\n"), (PAIRS, "has no rows")),
+        ("empty array", written(PROMPTS, "[]"), (PROMPTS, "has no rows")),
+        ("Latin-1 data", written(DEMO, b'{"prompt": "a"}\n{"prompt": "\xe9"}\n'), (f"{DEMO} line 2", "0xe9", "UTF-8")),
+        ("UTF-16 data", written(PAIRS, "prompt,chosen".encode("utf-16")), (PAIRS, "UTF-16", "save it as UTF-8")),
+        ("not Parquet", fake_parquet, ("fake.parquet", "not a Parquet file")),
+        ("truncated Parquet", truncated_parquet, ("made.parquet", "damaged")),
+        # --- JSON and JSON Lines
+        (
+            "malformed line",
+            line_8('{"prompt": "a" "response": "b"}'),
+            ("data.demonstrations: 1 row is bad", f"{DEMO} line 8", "column 16", "','"),
+        ),
+        ("line that is no object", line_8('["a", "b"]'), (f"{DEMO} line 8", "['a', 'b']", "not an object")),
+        (
+            "key twice in a line",
+            line_8('{"prompt": "a", "prompt": "b"}'),
+            (f"{DEMO} line 8", "'prompt' is given twice"),
+        ),
+        (
+            "array named jsonl",
+            written(DEMO, '[\n{"prompt": "a"}\n]\n'),
+            (DEMO, "line 1", "JSON array", "demonstrations.json"),
+        ),
+        ("malformed JSON", row_8('{"prompt": "a", }'), (f"{PROMPTS} line 9", "not valid JSON", "column 17")),
+        (
+            "lines named json",
+            written(PROMPTS, '{"prompt": "a"}\n{"prompt": "b"}\n'),
+            (PROMPTS, "line 2", "prompts.jsonl"),
+        ),
+        ("object for an array", written(PROMPTS, '{"rows": []}'), (PROMPTS, "'rows'", "array of objects")),
+        ("array item that is no object", row_8("7"), (f"{PROMPTS} row 8", "7 is not an object")),
+        # --- CSV
+        (
+            "ragged row",
+            csv_9("What is 7 minus 1?,It is 6.,It is 7, perhaps.,chosen,rejected"),
+            (f"{PAIRS} line 9", "6 cells", "quotes"),
+        ),
+        ("stray quote", csv_9('"What" is 7 minus 1?,a,b,,'), (f"{PAIRS} line 9", "not valid CSV")),
+        ("header twice", edited(PAIRS, ("anna,ben", "anna,anna")), (f"{PAIRS} line 1", "'anna'")),
+        ("nameless column", edited(PAIRS, ("anna,ben", "anna,")), (f"{PAIRS} line 1", "column 5 has no name")),
+        (
+            "semicolons",
+            written(PAIRS, "prompt;chosen;rejected\na;b;c\n"),
+            (PAIRS, "no column 'prompt'", "';'", "commas"),
+        ),
+        # --- columns
+        (
+            "missing column",
+            overridden("data.columns.response=respnse"),
+            (DEMO, "no column 'respnse'", "'prompt', 'response'", "data.columns.response", "did you mean 'response'?"),
+        ),
+        (
+            "template without its column",
+            overridden("data.prompt_template={prompt} {title}"),
+            (DEMO, "'title'", "data.prompt_template"),
+        ),
+        (
+            "one column for two",
+            overridden("data.columns.rejected=chosen"),
+            ("data.columns.chosen", "data.columns.rejected", "two columns"),
+        ),
+        (
+            "missing annotator",
+            overridden("judge.annotators=[anne]"),
+            (PAIRS, "'anne'", "judge.annotators", "did you mean 'anna'?"),
+        ),
+        (
+            "missing reference",
+            overridden("data.columns.reference=answer"),
+            (PROMPTS, "'answer'", "data.columns.reference"),
+        ),
+        ("two columns in Parquet", duplicated_columns, ("made.parquet", "2 columns named 'response'")),
+        ("files with different columns", other_columns, ("more.jsonl", "'mood'", DEMO, "same columns")),
+        ("files with different types", other_types, ("one.jsonl", "two.jsonl", "one type")),
+        # --- values
+        ("null", line_8('{"prompt": "a", "response": null}'), (f"{DEMO} line 8, column 'response'", "null")),
+        ("absent value", line_8('{"prompt": "a"}'), (f"{DEMO} line 8, column 'response'", "missing")),
+        ("NaN", line_8('{"prompt": "a", "response": NaN}'), (f"{DEMO} line 8, column 'response'", "NaN")),
+        (
+            "number for a text",
+            line_8('{"prompt": 12, "response": "b"}'),
+            (f"{DEMO} line 8, column 'prompt'", "12 is not text"),
+        ),
+        ("blank text", line_8('{"prompt": "a", "response": " \\n"}'), (f"{DEMO} line 8, column 'response'", "blank")),
+        ("half a character", line_8('{"prompt": "\\ud83d", "response": "b"}'), (f"{DEMO} line 8", "surrogate")),
+        ("empty cell", csv_9("What is 7 minus 1?,,b,,"), (f"{PAIRS} line 9, column 'chosen'", "missing or null")),
+        (
+            "null in Parquet",
+            parquet({"prompt": ["a", "b", None], "response": ["c", "d", "e"]}),
+            ("made.parquet row 3, column 'prompt'", "null"),
+        ),
+        (
+            "numbers in Parquet",
+            parquet({"prompt": list(range(8)), "response": list("abcdefgh")}),
+            ("8 rows are bad", "made.parquet row 1, column 'prompt': 0 is not text", "... and 3 more"),
+        ),
+        (
+            "mixed types",
+            row_8(ROW_8.replace('"n": 7', '"n": "seven"')),
+            (f"{PROMPTS} row 8, column 'n'", "'seven'", "one type"),
+        ),
+        ("nothing to store", row_8(ROW_8.replace('"n": 7', '"n": 7, "o": {}')), (PROMPTS, "cannot be stored")),
+        ("same sides", csv_9("What is 7 minus 1?,same,same,,"), (f"{PAIRS} line 9", "the same text 'same'")),
+        (
+            "unknown verdict",
+            csv_9("a,b,c,choosen,"),
+            (f"{PAIRS} line 9, column 'anna'", "'choosen'", "did you mean 'chosen'?"),
+        ),
+        (
+            "null in the template",
+            edited(
+                PROMPTS,
+                (ROW_8, ROW_8.replace('"n": 7', '"n": null')),
+                overrides=[
+                    "data.demonstrations=",
+                    "sft=off",
+                    "data.preferences=",
+                    "judge=off",
+                    "reward=off",
+                    "ppo=off",
+                    "data.prompt_template={prompt} {n}",
+                ],
+            ),
+            (f"{PROMPTS} row 8, column 'n'", "null"),
+        ),
+        # --- the template
+        ("unbalanced brace", overridden("data.prompt_template={prompt"), ("data.prompt_template", "malformed")),
+        (
+            "nameless field",
+            overridden("data.prompt_template={} TL;DR:"),
+            ("data.prompt_template", "{} is not the name"),
+        ),
+        (
+            "attribute in a field",
+            overridden("data.prompt_template={prompt.__class__}"),
+            ("data.prompt_template", "prompt.__class__"),
+        ),
+        ("no field", overridden("data.prompt_template=TL;DR:"), ("data.prompt_template", "names no column")),
+        (
+            "format that does not fit",
+            overridden("data.prompt_template={prompt:.2f}"),
+            (f"{DEMO} line 1", "cannot be filled"),
+        ),
+        # --- rows
+        (
+            "duplicate rows",
+            edited(DEMO, ('{"prompt": "What is 9 plus 9?", "response": "It is 18."}', LINE_8)),
+            ("1 row is repeated", f"{DEMO} line 10", f"{DEMO} line 8", "data.duplicates: drop"),
+        ),
+        ("duplicate in another file", repeated_elsewhere, ("more.jsonl line 1", f"{DEMO} line 8")),
+        (
+            "duplicate prompt",
+            row_8('{"prompt": "What is 3 times 2?", "reference": "x", "n": 1}'),
+            (f"{PROMPTS} row 8", f"{PROMPTS} row 4"),
+        ),
+        (
+            "long prompt",
+            line_8(json.dumps({"prompt": "word " * 99, "response": "b"})),
+            (f"{DEMO} line 8", "context is 64", "data.too_long: drop"),
+        ),
+        (
+            "prompt over its limit",
+            overridden("data.max_prompt_tokens=5"),
+            (f"{DEMO} line", "data.max_prompt_tokens is 5", "40 rows are too long"),
+        ),
+        (
+            "response over its limit",
+            overridden("data.max_response_tokens=2"),
+            (f"{DEMO} line", "data.max_response_tokens is 2"),
+        ),
+        (
+            "no room for a response",
+            overridden("ppo.max_new_tokens=60"),
+            (f"{PROMPTS} row", "ppo.max_new_tokens 60", "data.max_prompt_tokens: 4"),
+        ),
+        ("empty split", only_one_pair, ("data.preferences", "split is empty", "none of 1 rows", "data.test_fraction")),
+        (
+            "no test split",
+            overridden("data.test_fraction=0"),
+            ("data.prompts", "test split is empty", "raise data.test_fraction"),
+        ),
+        (
+            "everything dropped",
+            overridden("data.max_prompt_tokens=1", "data.too_long=drop"),
+            ("train split is empty", "none of 0 rows", "rows read: 40, 40 too_long"),
+        ),
+        # --- models
+        ("folder without a model", no_model, ("empty", "model.path")),
+        ("broken model", broken_model, ("model", "cannot be loaded")),
+        ("missing model", overridden("model.init=pretrained", "model.path=HERE/nothing"), ("nothing", "model.path")),
+    )
+]

@@ -1,0 +1,125 @@
+"""Stopped after any update and resumed in a new trainer, a training ends with the same bits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.errors import ArtifactError
+from rlhf.ppo.trainer import Trainer
+
+MakeTrainer = Callable[..., Trainer]
+TIMED = ("ppo/seconds", "ppo/tokens_per_second", "ppo/peak_memory_bytes")
+
+
+def whimsical(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """A reward with random numbers of its own, from Python's and torch's global generators."""
+    return [len(r) * 0.1 + random.random() + torch.rand(1).item() for r in responses]
+
+
+def curves(trainer: Trainer) -> list[tuple[int, dict[str, float]]]:
+    """What was logged, without what depends on the clock."""
+    return [(s, {k: v for k, v in values.items() if not k.startswith(TIMED)}) for s, values in trainer.tracker.points]
+
+
+class StoppedError(Exception):
+    """Stands for a kill."""
+
+
+@pytest.mark.parametrize(
+    ("stop", "lora", "architecture"), [(1, 0, "gpt2"), (3, 0, "gpt2"), (4, 2, "gpt2"), (3, 2, "llama"), (4, 0, "llama")]
+)
+def test_a_resumed_training_ends_with_the_same_bits(
+    stop: int, lora: int, architecture: str, make_trainer: MakeTrainer, tiny: Any, tmp_path: Path
+) -> None:
+    """Checkpoints are at updates 2 and 4 of 5: the stop is before the first, between the two, and at the second."""
+
+    def make(folder: str) -> Trainer:
+        return make_trainer(
+            architecture,
+            lora=lora,
+            reward=whimsical,
+            checkpoints=tmp_path / folder,
+            updates=5,
+            minibatches=2,
+            kl_control="adaptive",
+            kl_horizon=50.0,
+            whiten_rewards=True,
+        )
+
+    straight = make("straight")
+    expected = straight.train()
+
+    stopped = make("stopped")
+    record = stopped.record
+
+    def stopping(metrics: dict[str, float]) -> None:
+        record(metrics)
+        if stopped.progress.update == stop and stop % 2:
+            raise StoppedError
+
+    def killed_while_saving() -> None:
+        original_save()
+        if stopped.progress.update == stop:
+            raise StoppedError
+
+    original_save = stopped.save
+    stopped.record, stopped.save = stopping, killed_while_saving  # type: ignore[method-assign]
+    with pytest.raises(StoppedError):
+        stopped.train()
+
+    random.random(), torch.rand(7)  # the world has gone on
+    resumed = make("stopped")
+    # A journal that outlives the kill; a stage without a checkpoint starts with an empty one.
+    resumed.tracker.points = list(stopped.tracker.points) if stop > 1 else []
+    assert resumed.train() == expected
+    assert curves(resumed) == curves(straight)
+    assert resumed.progress.samples == straight.progress.samples
+    for name, weight in tiny.weights(straight).items():
+        assert torch.equal(weight, tiny.weights(resumed)[name]), name
+
+
+def test_a_finished_training_is_not_trained_again(make_trainer: MakeTrainer, tiny: Any) -> None:
+    first = make_trainer()
+    expected = first.train()
+    again = make_trainer()
+    assert again.train() == expected
+    assert again.tracker.points == []  # its own recorder: no update ran
+    for name, weight in tiny.weights(first).items():
+        assert torch.equal(weight, tiny.weights(again)[name])
+
+
+def test_a_damaged_checkpoint_is_passed_over(
+    make_trainer: MakeTrainer, tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = make_trainer()
+    expected = trainer.train()
+    damaged = tmp_path / "checkpoints" / "checkpoint-4" / "optimizer.pt"
+    damaged.write_bytes(damaged.read_bytes()[:-10])
+    again = make_trainer()
+    assert again.train() == expected
+    assert [step for step, _ in again.tracker.points] == [3, 4]
+    assert "optimizer.pt has changed" in caplog.text
+
+
+def test_a_checkpoint_of_another_model_is_refused(make_trainer: MakeTrainer) -> None:
+    make_trainer(updates=1).train()
+    with pytest.raises(ArtifactError, match="is of another model"):
+        make_trainer("llama", updates=1).train()
+
+
+def test_the_same_seed_gives_the_same_training(make_trainer: MakeTrainer, tiny: Any, tmp_path: Path) -> None:
+    results = []
+    for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
+        trainer = make_trainer(checkpoints=tmp_path / folder, updates=2)
+        trainer.seed = seed
+        trainer.train()
+        results.append((curves(trainer), tiny.weights(trainer)))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(w, results[1][1][n]) for n, w in results[0][1].items())
+    assert results[0][0] != results[2][0]

@@ -1,0 +1,192 @@
+"""The stage on a toy pipeline's inputs: what it writes, that it loads back, that a kill changes nothing, what it refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf import models
+from rlhf.config import PipelineConfig
+from rlhf.context import Context
+from rlhf.errors import ConfigError, DataError, ModelError
+from rlhf.ppo import stage
+from rlhf.tracker import NullTracker
+
+REWARD = "def length(prompts, responses, reference):\n    return [float(len(r)) for r in responses]\n"
+SMALL: dict[str, Any] = {"updates": 3, "episodes": 8, "epochs": 2, "max_new_tokens": 8, "learning_rate": 1e-3}
+SMALL |= {"checkpoint_every": 1, "log_samples_every": 2}
+
+
+class Killer(NullTracker):
+    """Ends the attempt when an update has been logged."""
+
+    def __init__(self, update: int) -> None:
+        self.update = update
+
+    def progress(self, done: int, total: int, **live: float) -> None:
+        if done == self.update:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def make(toy: Any, tmp_path: Path) -> Callable[..., Context]:
+    """A function that makes a context of the ppo stage; ``run`` names what survives a kill."""
+    torch.set_num_threads(1)
+    shared = tmp_path / "inputs"
+    prompts = shared / "prepare/prompts/train.parquet"
+    prompts.parent.mkdir(parents=True)
+    rows = [{"prompt": f"{a} {b}\n", "reference": a} for a in ("ant", "bee", "cat") for b in ("dog", "eel")]
+    pq.write_table(pa.Table.from_pylist(rows), prompts)
+    torch.manual_seed(1)
+    reward = models.reward_from_policy(toy.shared / "sft/model")
+    reward.config.score_mean, reward.config.score_std = 0.25, 1.5
+    models.save(reward, models.load_tokenizer(toy.shared / "sft/model"), shared / "reward/model")
+    (tmp_path / "my_rewards.py").write_text(REWARD)
+
+    def context(run: str = "run", tracker: Any = None, off: tuple[str, ...] = (), **sections: Any) -> Context:
+        base: dict[str, Any] = {
+            "seed": 3,
+            "data": {"demonstrations": "x.jsonl", "preferences": "x.jsonl"},
+            "model": {"init": "random", "layers": 2, "width": 16, "heads": 2, "context": 48, "vocab_size": 270},
+            "resources": {"device": "cpu", "threads": 1},
+            "ppo": SMALL,
+            "evaluate": {"max_new_tokens": 8},
+        }
+        for name, values in sections.items():
+            base[name] = {**base.get(name, {}), **values} if isinstance(values, Mapping) else values
+        base |= dict.fromkeys(off, "off")
+        inputs = {"prepare": shared / "prepare", "sft": toy.shared / "sft", "reward": shared / "reward"}
+        out = tmp_path / run / f"out{sum(1 for _ in (tmp_path / run).glob('out*'))}"
+        out.mkdir(parents=True)
+        return Context(
+            "ppo",
+            PipelineConfig.model_validate(base),
+            {name: path for name, path in inputs.items() if name not in off},
+            out,
+            tmp_path / run / "checkpoints",
+            tracker or NullTracker(),
+        )
+
+    return context
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_what_the_stage_writes(rank: int, make: Callable[..., Context], tmp_path: Path, toy: Any) -> None:
+    functions = {"model": 1.0, f"{tmp_path / 'my_rewards.py'}:length": 0.01}
+    context = make(ppo={"rewards": functions, "learning_rate": 1e-2}, model={"lora_rank": rank})
+    finals = stage.run(context)
+    assert finals["ppo/episodes"] == 24
+    assert {"ppo/final_reward_mean", "ppo/final_kl", "ppo/final_score_mean"} <= finals.keys()
+
+    policy = models.load_policy(context.out / "model")
+    value = models.load_reward_model(context.out / "value_model")
+    assert value.config.score_mean == 0.25  # from the reward model
+    before = models.load_policy(toy.shared / "sft/model").state_dict()
+    assert policy.state_dict().keys() == before.keys()
+    assert any(not torch.equal(weight, before[name]) for name, weight in policy.state_dict().items())
+    tokenizer = models.load_tokenizer(context.out / "model")
+    assert tokenizer.get_vocab() == models.load_tokenizer(toy.shared / "sft/model").get_vocab()
+    written = {path.name for path in context.out.rglob("*") if path.is_file()}
+    assert written == {
+        *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        "samples.parquet",
+    }
+    samples = pq.read_table(context.out / "samples.parquet").to_pydict()
+    assert samples.keys() == {"update", "prompt", "response", "score"}
+    assert samples["update"] == [2] * 8 + [3] * 8
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_kill_changes_nothing(rank: int, make: Callable[..., Context]) -> None:
+    straight = make("straight", model={"lora_rank": rank})
+    expected = stage.run(straight)
+    with pytest.raises(KeyboardInterrupt):
+        stage.run(make("killed", Killer(2), model={"lora_rank": rank}))
+    again = make("killed", model={"lora_rank": rank})
+    assert stage.run(again) == expected
+    for name in ("model", "value_model"):
+        one, two = (load_file(context.out / name / "model.safetensors") for context in (straight, again))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(weight, two[key]) for key, weight in one.items())
+    assert pq.read_table(straight.out / "samples.parquet").equals(pq.read_table(again.out / "samples.parquet"))
+
+
+def test_without_reward_stage_the_value_model_starts_from_the_policy_at_zero(
+    make: Callable[..., Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = make(off=("reward", "judge"), ppo={"rewards": {f"{tmp_path / 'my_rewards.py'}:length": 1.0}})
+    started: dict[str, Any] = {}
+    train = stage.Trainer.train
+
+    def spy(self: Any) -> dict[str, float]:
+        started["head"] = self.value_model.classifier.score.weight.clone()
+        started["trunk"] = torch.equal(
+            self.value_model.classifier.transformer.wte.weight, self.policy.causal.transformer.wte.weight
+        )
+        return train(self)
+
+    monkeypatch.setattr(stage.Trainer, "train", spy)
+    stage.run(context)
+    assert not started["head"].any()
+    assert started["trunk"]
+
+
+def test_a_reward_model_of_another_kind_scores_but_is_no_value_model(make: Callable[..., Context], toy: Any) -> None:
+    context = make()
+    torch.manual_seed(0)
+    config = {"init": "random", "architecture": "llama", "layers": 1, "width": 16, "heads": 2, "context": 64}
+    section = PipelineConfig.model_validate({"data": {"demonstrations": "x"}, "reward": "off", "judge": "off",
+                                             "ppo": "off", "model": config}).model  # fmt: skip
+    tokenizer = models.load_tokenizer(toy.shared / "sft/model")
+    directory = context.inputs["reward"] / "model"
+    models.save(models.random_model(section, tokenizer), tokenizer, directory.parent / "llama")
+    models.save(models.reward_from_policy(directory.parent / "llama"), tokenizer, directory)
+    finals = stage.run(context)
+    assert finals["ppo/episodes"] == 24
+    assert models.load_reward_model(context.out / "value_model").config.model_type == "gpt2"
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(make: Callable[..., Context]) -> None:
+    with pytest.raises(DataError, match=r"prompts/train, row \d: \d+ prompt tokens and ppo.max_new_tokens 46"):
+        stage.run(make(ppo={"max_new_tokens": 46}))
+
+
+@pytest.mark.parametrize(("texts", "message"), [([], "has no row"), (["a", ""], r"row 1: the prompt '' has no token")])
+def test_prompts_that_cannot_be_used_are_refused(texts: list[str], message: str, make: Callable[..., Context]) -> None:
+    context = make()
+    pq.write_table(pa.table({"prompt": pa.array(texts, pa.string())}), context.input("prepare/prompts/train.parquet"))
+    with pytest.raises(DataError, match=message):
+        stage.run(context)
+
+
+def test_a_reward_that_is_not_there_is_refused(make: Callable[..., Context]) -> None:
+    with pytest.raises(ConfigError, match="cannot be imported"):
+        stage.run(make(ppo={"rewards": {"no.such.module:function": 1.0}}))
+
+
+def test_a_policy_that_is_not_there_is_refused(make: Callable[..., Context], tmp_path: Path) -> None:
+    context = make()
+    context = Context(
+        "ppo",
+        context.config,
+        {**context.inputs, "sft": tmp_path / "nowhere"},
+        context.out,
+        context.checkpoints,
+        context.tracker,
+    )
+    with pytest.raises(ModelError, match="nowhere"):
+        stage.run(context)
+
+
+@pytest.mark.parametrize(("precision", "expected"), [("auto", "no"), ("fp32", "no")])
+def test_precision_on_a_cpu(precision: str, expected: str, make: Callable[..., Context]) -> None:
+    accelerator = stage.make_accelerator(make(resources={"precision": precision}).config.resources)
+    assert accelerator.mixed_precision == expected
+    assert accelerator.device.type == "cpu"

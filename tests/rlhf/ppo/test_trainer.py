@@ -1,0 +1,464 @@
+"""The loop: what must hold of its first step, its gradients, its modes, its metrics and its failures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf import checkpoints
+from rlhf.errors import ConfigError, RewardError, TrainingError
+from rlhf.ppo import core
+from rlhf.ppo.trainer import Trainer
+from rlhf.rewards import Rewards
+
+ARCHITECTURES = ["gpt2", "llama"]
+MakeTrainer = Callable[..., Trainer]
+
+
+def experience(trainer: Trainer, update: int = 1) -> Any:
+    """A prepared trainer's experience of an update, the advantages whitened or not as its settings say."""
+    rollout = trainer.rollout(update)
+    return trainer.advantages(rollout, trainer.score(rollout, update))
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).norm() / b.norm()).item()
+
+
+# ----------------------------------------------------------------------------------------------------------- invariants
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_first_step_starts_at_ratio_one(architecture: str, lora: int, make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(architecture, lora=lora, epochs=1)
+    trainer.prepare()
+    with torch.no_grad():  # the policy differs from its reference, as after some updates
+        for parameter in trainer.trainable[0]:
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    metrics = trainer.step(1)
+    assert abs(metrics["ppo/ratio_mean"] - 1.0) < 1e-5
+    assert abs(metrics["ppo/ratio_max"] - 1.0) < 1e-5
+    assert metrics["ppo/approx_kl"] == pytest.approx(0.0, abs=1e-9)
+    assert metrics["ppo/clip_fraction"] == 0.0
+    assert metrics["ppo/value_clip_fraction"] == 0.0
+    assert metrics["ppo/kl"] != 0.0
+
+
+@pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_do_not_depend_on_micro_batches_or_padding(
+    architecture: str, entropy_coef: float, make_trainer: MakeTrainer
+) -> None:
+    found = {}
+    for budget in (16384, 40, 1):  # one micro-batch, several, one row each
+        trainer = make_trainer(architecture, micro_batch_tokens=budget, entropy_coef=entropy_coef, max_grad_norm=1e9)
+        trainer.prepare()
+        batch = experience(trainer)
+        shifted = batch._replace(logprobs=batch.logprobs + 0.1, values=batch.values - 0.1)  # ratios other than 1
+        numbers = trainer.backward(shifted, torch.arange(8), update=1)
+        found[budget] = torch.cat([p.grad.flatten() for p in trainer.parameters]), torch.tensor(numbers)
+    lengths = batch.sequences.response_lengths
+    assert len(set(lengths.tolist())) > 1
+    for budget in (40, 1):
+        assert relative_difference(found[budget][0], found[16384][0]) < 1e-5
+        torch.testing.assert_close(found[budget][1], found[16384][1], rtol=1e-4, atol=1e-6)
+
+
+def test_gradients_are_those_of_one_plain_loss(make_trainer: MakeTrainer, tiny: Any) -> None:
+    """Sum over the tokens of the whole minibatch, divided by their number; in one float32 graph."""
+    trainer = make_trainer(micro_batch_tokens=40, max_grad_norm=1e9, value_coef=0.3, entropy_coef=0.02)
+    trainer.prepare()
+    batch = experience(trainer)
+    batch = batch._replace(logprobs=batch.logprobs + 0.1, values=batch.values - 0.1)
+    rows = torch.tensor([6, 1, 3, 4])
+    trainer.backward(batch, rows, update=1)
+    found = tiny.gradients(trainer)
+    trainer.optimizer.zero_grad()
+
+    mask = batch.sequences.mask[rows]
+    statistics = trainer.policy(batch.sequences.select(rows), 0.7, with_entropy=True)
+    tokens = mask.sum()
+    old, advantages = batch.logprobs[rows][mask], batch.advantages[rows][mask]
+    ratio = (statistics.logprobs - old).exp()
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    values, old_values = trainer.value_model(batch.sequences.select(rows)), batch.values[rows][mask]
+    clipped = old_values + (values - old_values).clamp(-0.2, 0.2)
+    returns = batch.returns[rows][mask]
+    value_loss = 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+    loss = (-surrogate - 0.02 * statistics.entropies + 0.3 * value_loss).sum() / tokens
+    loss.backward()
+    assert relative_difference(found, tiny.gradients(trainer)) < 1e-5
+
+
+@pytest.mark.parametrize("noise", [math.nan, math.inf, 1e30])
+def test_masked_positions_may_hold_anything(noise: float, make_trainer: MakeTrainer, tiny: Any) -> None:
+    results = []
+    for filler in (0.0, noise):
+        trainer = make_trainer()
+        trainer.prepare()
+        rollout = trainer.rollout(1)
+        scored = trainer.score(rollout, 1)
+        mask = rollout.sequences.mask
+        assert not mask.all()
+        rollout = rollout._replace(
+            logprobs=torch.where(mask, rollout.logprobs, filler),
+            entropies=torch.where(mask, rollout.entropies, filler),
+            sequences=rollout.sequences._replace(
+                responses=torch.where(mask, rollout.sequences.responses, 10**9 if filler else 0)
+            ),
+        )
+        scored = scored._replace(
+            ref_logprobs=torch.where(mask, scored.ref_logprobs, filler), values=torch.where(mask, scored.values, filler)
+        )
+        batch = trainer.advantages(rollout, scored)
+        trainer.optimise(batch, 1)
+        results.append((batch.rewards, tiny.weights(trainer)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(weight, results[1][1][name]) for name, weight in results[0][1].items())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_pad_equal_to_end_of_sequence_trains_alike(
+    architecture: str, make_trainer: MakeTrainer, tiny: Any, tmp_path: Path
+) -> None:
+    results = []
+    for separate in (True, False):
+        trainer = make_trainer(
+            architecture, separate_pad=separate, checkpoints=tmp_path / str(separate), missing_eos="replace", updates=2
+        )
+        trainer.train()
+        results.append((tiny.weights(trainer), trainer.progress.history))
+    assert trainer.tokenizer.pad_token_id == trainer.tokenizer.eos_token_id
+    assert 0.0 < trainer.progress.history["eos_rate"][0] < 1.0
+    assert results[0][1] == results[1][1]
+    assert all(torch.equal(weight, results[1][0][name]) for name, weight in results[0][0].items())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_lora_leaves_the_base_alone_and_refers_to_it(architecture: str, make_trainer: MakeTrainer, tiny: Any) -> None:
+    trainer, full = make_trainer(architecture, lora=2), make_trainer(architecture)
+    before = tiny.weights(trainer)
+    trainer.train()
+    learns = {f"policy.{n}" for n, p in trainer.policy.named_parameters() if p.requires_grad}
+    learns |= {f"value.{n}" for n, p in trainer.value_model.named_parameters() if p.requires_grad}
+    after = tiny.weights(trainer)
+    assert learns
+    assert all("lora" in name or "score" in name for name in learns)
+    for name, weight in before.items():
+        assert torch.equal(weight, after[name]) == (name not in learns), name
+
+    full.prepare()
+    rollout = trainer.rollout(9)
+    torch.testing.assert_close(
+        trainer.score(rollout, 9).ref_logprobs, full.score(rollout, 9).ref_logprobs, rtol=0, atol=0
+    )
+    assert trainer.step(9)["ppo/kl"] != 0.0
+
+
+def test_a_reference_stays_as_it_is(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    before = [p.clone() for p in trainer.reference.parameters()]
+    trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.reference.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------- modes
+@pytest.mark.parametrize(("epochs", "minibatches"), [(1, 1), (3, 1), (2, 4)])
+def test_epochs_times_minibatches_optimizer_steps(epochs: int, minibatches: int, make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(epochs=epochs, minibatches=minibatches)
+    trainer.prepare()
+    trainer.step(1)
+    states = trainer.optimizer.state_dict()["state"].values()
+    assert {int(state["step"]) for state in states} == {epochs * minibatches}
+
+
+def test_minibatches_of_an_epoch_hold_every_episode_once(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, seen = make_trainer(epochs=2, minibatches=4), []
+    backward = trainer.backward
+    monkeypatch.setattr(trainer, "backward", lambda e, rows, u: (seen.append(rows.tolist()), backward(e, rows, u))[1])
+    trainer.prepare()
+    trainer.step(1)
+    epochs = [list(chain(*seen[:4])), list(chain(*seen[4:]))]
+    assert all(sorted(rows) == list(range(8)) for rows in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_early_stop_takes_no_step_beyond_its_limit(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(epochs=5, learning_rate=3e-2, early_stop_kl=1e-3, updates=1, schedule="constant")
+    trainer.prepare()
+    metrics = trainer.step(1)
+    steps = {int(state["step"]) for state in trainer.optimizer.state_dict()["state"].values()}
+    assert steps == {1}  # the second minibatch was already too far away
+    assert metrics["ppo/approx_kl"] > 1.5e-3 / 2  # the mean of the two that were looked at
+    assert all(p.grad is None for p in trainer.parameters)
+    calm = make_trainer(epochs=5, learning_rate=1e-6, early_stop_kl=1e-3)
+    calm.prepare()
+    calm.step(1)
+    assert {int(state["step"]) for state in calm.optimizer.state_dict()["state"].values()} == {5}
+
+
+def test_warm_up_trains_the_value_model_only(make_trainer: MakeTrainer, tiny: Any) -> None:
+    trainer = make_trainer(warmup_updates=1, weight_decay=0.1)
+    trainer.prepare()
+    before = tiny.weights(trainer)
+    metrics = trainer.step(1)
+    after = tiny.weights(trainer)
+    for name, weight in before.items():
+        assert torch.equal(weight, after[name]) == name.startswith("policy"), name
+    assert (metrics["ppo/ratio_mean"], metrics["ppo/approx_kl"], metrics["ppo/policy_loss"]) == (1.0, 0.0, 0.0)
+    trainer.step(2)
+    assert any(not torch.equal(w, before[n]) for n, w in tiny.weights(trainer).items() if n.startswith("policy"))
+
+
+def test_learning_rates(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(learning_rate=1e-3, value_learning_rate=4e-3, updates=4)
+    trainer.prepare()
+    rates = []
+    for update in (1, 2, 3, 4):
+        metrics = trainer.step(update)
+        groups = [group["lr"] for group in trainer.optimizer.param_groups]
+        assert metrics["ppo/learning_rate"] == groups[0]
+        rates.append(groups)
+    assert [rate for pair in rates for rate in pair] == pytest.approx(
+        [1e-3, 4e-3, 0.75e-3, 3e-3, 0.5e-3, 2e-3, 0.25e-3, 1e-3]
+    )
+    constant = make_trainer(schedule="constant")
+    constant.prepare()
+    assert constant.step(3)["ppo/learning_rate"] == 1e-3
+    assert constant.optimizer.param_groups[1]["lr"] == 1e-3  # the value model's default is the policy's
+
+
+def test_adaptive_kl(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(kl_control="adaptive", kl_coef=0.1, kl_target=0.5, kl_horizon=100.0, updates=3)
+    trainer.train()
+    coefficients = [values["ppo/kl_coef"] for _, values in trainer.tracker.points]
+    kls = [values["ppo/kl"] for _, values in trainer.tracker.points]
+    expected = 0.1
+    for coefficient, kl in zip(coefficients, kls, strict=True):
+        assert coefficient == pytest.approx(expected)
+        expected = core.next_kl_coef(expected, kl, 0.5, 8, 100.0)
+    assert trainer.progress.kl_coef == pytest.approx(expected)
+    assert coefficients[1] == pytest.approx(0.1 * (1 - 0.2 * 0.08))  # the first KL is 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kl_estimator": "k2"},
+        {"kl_estimator": "k3"},
+        {"whiten_rewards": True},
+        {"score_clip": 0.2},
+        {"missing_eos": "replace"},
+        {"missing_eos": "penalty"},
+    ],
+    ids=str,
+)
+def test_each_mode_changes_the_rewards_as_it_says(changes: dict[str, Any], make_trainer: MakeTrainer) -> None:
+    """The whole path from settings to returns, against the same formulas written out."""
+    trainer = make_trainer(**changes, kl_coef=0.3)
+    trainer.prepare()
+    with torch.no_grad():
+        for parameter in trainer.trainable[0]:
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    rollout = trainer.rollout(1)
+    scored = trainer.score(rollout, 1)
+    found = trainer.advantages(rollout, scored)
+
+    s, mask = trainer.settings, rollout.sequences.mask
+    d = torch.where(mask, rollout.logprobs - scored.ref_logprobs, 0.0)
+    kl = {"k1": d, "k2": d**2 / 2, "k3": (-d).exp() - 1 + d}[s.kl_estimator]
+    scores = scored.raw_scores if s.score_clip is None else scored.raw_scores.clamp(-0.2, 0.2)
+    if s.missing_eos != "off":
+        other = torch.full_like(scores, -1.0) if s.missing_eos == "replace" else scores - 1.0
+        scores = torch.where(rollout.ended, scores, other)
+    expected = -0.3 * kl
+    expected[torch.arange(8), rollout.sequences.response_lengths - 1] += scores
+    torch.testing.assert_close(found.rewards, expected)
+    if s.whiten_rewards:
+        real = expected[mask]
+        expected = (expected - real.mean()) / (real.var(correction=0) + 1e-8).sqrt() + real.mean()
+        expected = torch.where(mask, expected, 0.0)
+    advantages, returns = core.generalized_advantages(expected, scored.values, mask, 1.0, 0.95)
+    torch.testing.assert_close(found.advantages, advantages)
+    torch.testing.assert_close(found.returns, returns)
+
+
+def test_advantages_are_whitened_over_the_rollout_unless_told_not_to(
+    make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for whiten in (True, False):
+        trainer = make_trainer(whiten_advantages=whiten, minibatches=2)
+        trainer.prepare()
+        seen: list[Any] = []
+        backward = trainer.backward
+        monkeypatch.setattr(trainer, "backward", lambda e, r, u, f=backward, s=seen: (s.append(e), f(e, r, u))[1])
+        raw = experience(trainer)
+        trainer.optimise(raw, 1)
+        found = core.moments(seen[0].advantages, raw.sequences.mask)
+        assert (found.mean.item() == pytest.approx(0.0, abs=1e-6)) == whiten
+        assert (found.variance.item() == pytest.approx(1.0, rel=1e-4)) == whiten
+        assert torch.equal(seen[0].returns, raw.returns)
+
+
+def test_rewards_are_weighted_and_each_is_a_metric(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    one = lambda prompts, responses, columns: [float(i) for i in columns["id"]]  # noqa: E731
+    two = lambda prompts, responses, columns: [10.0] * len(responses)  # noqa: E731
+    trainer.rewards = Rewards({"one": (2.0, one), "two": (-0.5, two)})
+    trainer.prepare()
+    metrics = trainer.step(1)
+    assert metrics["ppo/reward/two"] == 10.0
+    assert metrics["ppo/score_mean"] == pytest.approx(2.0 * metrics["ppo/reward/one"] - 5.0)
+
+
+def test_gradient_checkpointing_trains_alike(make_trainer: MakeTrainer, tiny: Any) -> None:
+    results = []
+    for on in (False, True):
+        trainer = make_trainer()
+        if on:
+            for model in (trainer.policy.model, trainer.value_model.model):
+                model.activation_checkpointing_enable({"use_reentrant": False})
+        trainer.prepare()
+        trainer.step(1)
+        results.append(tiny.weights(trainer))
+    for name, weight in results[0].items():
+        torch.testing.assert_close(weight, results[1][name], rtol=1e-5, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- metrics
+def test_every_update_has_every_metric(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    finals = trainer.train()
+    names = (
+        "reward_mean reward_std score_mean score_std kl kl_coef entropy policy_loss value_loss approx_kl clip_fraction "
+        "value_clip_fraction ratio_mean ratio_max explained_variance advantage_mean advantage_std grad_norm "
+        "grad_clip_fraction learning_rate response_length_mean eos_rate tokens_per_second seconds/rollout "
+        "seconds/score seconds/optimise peak_memory_bytes reward/odd"
+    )
+    assert [step for step, _ in trainer.tracker.points] == [1, 2, 3, 4]
+    for _, values in trainer.tracker.points:
+        assert values.keys() == {f"ppo/{name}" for name in names.split()}
+        assert all(math.isfinite(value) for value in values.values())
+    assert trainer.tracker.live[-1].keys() == {"done", "total", "reward", "kl", "tokens_per_s"}
+    last = trainer.tracker.points[-1][1]
+    assert finals["ppo/final_reward_mean"] == last["ppo/reward_mean"]
+    assert finals["ppo/final_kl"] == last["ppo/kl"]
+    assert finals["ppo/episodes"] == 32
+    assert not finals.keys() & last.keys()
+
+
+def test_metrics_by_hand(make_trainer: MakeTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer, kept = make_trainer(kl_coef=0.3, kl_estimator="k3", missing_eos="replace"), {}
+    for name in ("rollout", "score"):
+        method = getattr(trainer, name)
+        monkeypatch.setattr(trainer, name, lambda *a, m=method, n=name: kept.setdefault(n, m(*a)))
+    trainer.prepare()
+    trainer.step(1)
+    kept.clear()
+    metrics = trainer.step(2)
+    rollout, scored = kept["rollout"], kept["score"]
+    d = torch.where(rollout.sequences.mask, rollout.logprobs - scored.ref_logprobs, 0.0)
+    k3 = (-d).exp() - 1 + d
+    rewards = scored.scores - 0.3 * k3.sum(1)
+    expected = {
+        "kl": d.sum(1).mean(),  # per sequence, always k1
+        "reward_mean": rewards.mean(),
+        "reward_std": rewards.std(correction=0),
+        "score_mean": scored.scores.mean(),
+        "score_std": scored.scores.std(correction=0),
+        "entropy": rollout.entropies[rollout.sequences.mask].mean(),
+        "response_length_mean": rollout.sequences.mask.sum(1).float().mean(),
+        "eos_rate": rollout.ended.float().mean(),
+        "reward/odd": scored.components["odd"].mean(),
+    }
+    for name, value in expected.items():
+        assert metrics[f"ppo/{name}"] == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+    assert metrics["ppo/seconds/rollout"] > 0
+
+
+def test_samples_are_kept_every_so_often(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(updates=5, log_samples_every=2)
+    trainer.train()
+    samples = trainer.progress.samples
+    assert sorted({sample.update for sample in samples}) == [2, 4, 5]
+    assert {sample.prompt for sample in samples} <= set(trainer.prompts.texts)
+    assert "<|end|>" not in "".join(sample.response for sample in samples)
+
+
+# ------------------------------------------------------------------------------------------------------------- failures
+def test_a_score_that_is_not_finite_stops_the_run_and_keeps_the_batch(make_trainer: MakeTrainer) -> None:
+    trainer, calls = make_trainer(checkpoint_every=1), 0
+
+    def sick(prompts: Sequence[str], responses: Sequence[str], columns: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        return [math.nan if calls == 3 and i == 5 else 1.0 for i in range(len(responses))]
+
+    trainer.rewards = Rewards({"sick": (1.0, sick)})
+    with pytest.raises(TrainingError, match=r"update 3: a score is not finite.*update 2, is kept") as caught:
+        trainer.train()
+    batch = torch.load(trainer.checkpoints / "failed-update-3-process-0.pt", weights_only=True)
+    assert "failed-update-3-process-0.pt" in str(caught.value)
+    assert torch.isnan(batch["scored"]["scores"]).tolist() == [i == 5 for i in range(8)]
+    assert len(batch["rollout"]["responses"]) == len(batch["rollout"]["prompts"]["texts"]) == 8
+    good = checkpoints.latest(trainer.checkpoints)
+    assert good is not None
+    assert checkpoints.step_of(good) == 2
+
+
+@pytest.mark.parametrize("part", ["policy_loss", "value_loss"])
+def test_a_loss_that_is_not_finite_changes_no_weight(
+    part: str, make_trainer: MakeTrainer, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer()
+    trainer.prepare()
+    before = tiny.weights(trainer)
+    original = getattr(core, part)
+    monkeypatch.setattr(core, part, lambda *a: original(*a)._replace(loss=original(*a).loss * math.nan))
+    with pytest.raises(TrainingError, match="a loss or gradient is not finite"):
+        trainer.step(1)
+    assert all(torch.equal(weight, before[name]) for name, weight in tiny.weights(trainer).items())
+    batch = torch.load(trainer.checkpoints / "failed-update-1-process-0.pt", weights_only=True)
+    assert batch["rows"].tolist() != []
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    trainer.prepare()
+    trainer.trainable[0][0].register_hook(lambda gradient: gradient / 0.0)
+    with pytest.raises(TrainingError, match="a loss or gradient is not finite"):
+        trainer.step(1)
+
+
+def test_a_large_gradient_is_clipped_and_counted(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(max_grad_norm=1e-3, epochs=2)
+    trainer.prepare()
+    metrics = trainer.step(1)
+    assert metrics["ppo/grad_norm"] > 1e-3  # as it was before clipping
+    assert metrics["ppo/grad_clip_fraction"] == 1.0
+    batch = experience(trainer)
+    trainer.backward(batch, torch.arange(8), 1)
+    norm = torch.stack([p.grad.norm() for p in trainer.parameters if p.grad is not None]).norm()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_reward_function_that_fails_is_named(make_trainer: MakeTrainer) -> None:
+    def broken(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+        return [1.0 / len(prompt) if "rain" not in prompt else 1 / 0 for prompt in prompts]
+
+    with pytest.raises(RewardError, match=r"reward 'odd' raised ZeroDivisionError.*row \d: prompt 'rain'"):
+        make_trainer(reward=broken).train()
+
+
+def test_episodes_must_divide_into_the_minibatches(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    object.__setattr__(trainer.settings, "minibatches", 3)
+    with pytest.raises(ConfigError, match=r"ppo\.episodes 8 must be a multiple"):
+        trainer.prepare()

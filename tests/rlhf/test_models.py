@@ -1,0 +1,235 @@
+"""Models and tokenizers: what is made, what is loaded, what is refused, and what LoRA leaves alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, processors
+from tokenizers import models as tokenizer_models
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from rlhf import models
+from rlhf.errors import ModelError
+
+ARCHITECTURES = ["gpt2", "llama"]
+
+
+def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
+    vocabulary = {token: i for i, token in enumerate(["<e>", "<p>", "<b>", "a", "b", "Ġ"])}
+    bpe = Tokenizer(tokenizer_models.BPE(vocabulary, []))
+    bpe.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, **({"eos_token": "<e>", "pad_token": "<p>"} | special))
+
+
+def make_model(architecture: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **size: int) -> Any:
+    torch.manual_seed(seed)
+    shape: Any = {"architecture": architecture, "layers": 2, "width": 16, "heads": 2, "context": 32} | size
+    return models.random_model(SimpleNamespace(**shape), tokenizer)
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A policy's directory."""
+    tokenizer = make_tokenizer()
+    models.save(make_model(request.param, tokenizer), tokenizer, tmp_path / "policy")
+    return tmp_path / "policy"
+
+
+# ----------------------------------------------------------------------------------------------------------- made
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_random_model_has_the_size_and_tokens_that_were_asked_for(architecture: str) -> None:
+    tokenizer = make_tokenizer()
+    model = make_model(architecture, tokenizer)
+    config = model.config
+    assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (2, 16, 2)
+    assert (config.max_position_embeddings, config.vocab_size) == (32, len(tokenizer))
+    assert (config.eos_token_id, config.pad_token_id, config.bos_token_id) == (0, 1, None)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(module.p == 0.0 for module in model.modules() if isinstance(module, torch.nn.Dropout))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_random_weights_come_from_the_callers_seed(architecture: str) -> None:
+    tokenizer = make_tokenizer()
+    one, same, other = (make_model(architecture, tokenizer, seed).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert any(not torch.equal(one[name], other[name]) for name in one)
+
+
+# --------------------------------------------------------------------------------------------------------- loaded
+def test_a_policy_loads_back_bit_for_bit(saved: Path) -> None:
+    model = models.load_policy(saved)
+    expected = make_model(model.config.model_type, make_tokenizer()).state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
+    names = {path.name for path in saved.iterdir()}
+    assert "model.safetensors" in names
+    assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))]
+
+
+def test_half_precision_weights_are_loaded_as_float32(saved: Path, tmp_path: Path) -> None:
+    models.save(models.load_policy(saved).half(), make_tokenizer(), tmp_path / "half")
+    assert {p.dtype for p in models.load_policy(tmp_path / "half").parameters()} == {torch.float32}
+
+
+def test_a_new_reward_model_is_the_policys_trunk_with_a_random_head(saved: Path) -> None:
+    torch.manual_seed(0)
+    model, policy = models.reward_from_policy(saved), models.load_policy(saved)
+    trunk = policy.base_model.state_dict()
+    assert all(torch.equal(weight, trunk[name]) for name, weight in model.base_model.state_dict().items())
+    assert model.config.num_labels == 1
+    heads = torch.cat([models.score_head(models.reward_from_policy(saved)).weight for _ in range(60)])
+    assert heads.std().item() == pytest.approx(17**-0.5, rel=0.1)
+    assert heads.mean().item() == pytest.approx(0.0, abs=0.03)
+
+
+def test_a_value_model_starts_from_the_reward_model_where_it_reads_the_same_tokens(saved: Path, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    reward = models.reward_from_policy(saved)
+    reward.config.score_mean = 0.75
+    models.save(reward, tokenizer, tmp_path / "reward")
+    value = models.value_model_from(saved, tmp_path / "reward")
+    assert all(torch.equal(w, value.state_dict()[n]) for n, w in reward.state_dict().items())
+    assert value.config.score_mean == 0.75
+
+    other = "llama" if reward.config.model_type == "gpt2" else "gpt2"
+    shorter = {"shorter": make_model(reward.config.model_type, tokenizer, context=16)}
+    for name, model in ({"other": make_model(other, tokenizer)} | shorter).items():
+        models.save(model, tokenizer, tmp_path / name)
+        models.save(models.reward_from_policy(tmp_path / name), tokenizer, tmp_path / f"{name}-reward")
+        value = models.value_model_from(saved, tmp_path / f"{name}-reward")
+        assert value.config.model_type == reward.config.model_type
+        assert value.config.max_position_embeddings == 32
+        assert not models.score_head(value).weight.any()
+
+
+def test_another_vocabulary_makes_a_reward_model_no_value_model(saved: Path, tmp_path: Path) -> None:
+    vocabulary = {token: i for i, token in enumerate(["<e>", "<p>", "<b>", "b", "a", "Ġ"])}  # a and b swapped
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(tokenizer_models.BPE(vocabulary, [])), eos_token="<e>", pad_token="<p>"
+    )
+    models.save(models.reward_from_policy(saved), tokenizer, tmp_path / "reward")
+    assert not models.score_head(models.value_model_from(saved, tmp_path / "reward")).weight.any()
+
+
+# -------------------------------------------------------------------------------------------------------- refused
+@pytest.mark.parametrize("load", [models.load_policy, models.load_tokenizer, models.load_reward_model])
+def test_a_model_that_is_not_there_is_named_with_where_it_was_looked_for(
+    load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError) as caught:
+        load("someone/some-model")
+    message = str(caught.value)
+    for part in ("'someone/some-model'", str(tmp_path / "someone/some-model"), "HF_HUB_OFFLINE", "model.path"):
+        assert part in message
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=f"looked in the local directory {tmp_path / 'empty'}"):
+        load(tmp_path / "empty")
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    config = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ModelError, match=r"is an encoder-decoder \(t5\).*model\.path to a causal one"):
+        models.load_policy(tmp_path / "t5")
+
+
+def test_weights_that_are_not_there_are_not_made_up(saved: Path, tmp_path: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    (saved / "config.json").write_text(json.dumps(config | {"num_labels": 1}))
+    with pytest.raises(ModelError, match=r"has no weights for score\.weight"):
+        models.load_reward_model(saved)  # a language model with no score head
+
+
+def test_a_classifier_with_two_outputs_is_no_reward_model(saved: Path) -> None:
+    with pytest.raises(ModelError, match="has 2 outputs"):
+        models.load_reward_model(saved)
+
+
+def test_an_encoder_has_no_score_for_single_tokens() -> None:
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    encoder = BertForSequenceClassification(BertConfig(vocab_size=8, num_labels=1, **shape))
+    with pytest.raises(ModelError, match="bert classifier has no `score` layer"):
+        models.score_head(encoder)
+
+
+# ----------------------------------------------------------------------------------------------------- tokenizers
+def test_missing_special_tokens_are_filled_in_without_new_rows(tmp_path: Path) -> None:
+    for name, special, eos, pad in (
+        ("both", {}, "<e>", "<p>"),
+        ("no pad", {"pad_token": None}, "<e>", "<e>"),
+        ("encoder", {"eos_token": None, "pad_token": "<p>", "sep_token": "<b>"}, "<b>", "<p>"),
+    ):
+        make_tokenizer(**special).save_pretrained(tmp_path / name)
+        tokenizer = models.load_tokenizer(tmp_path / name)
+        assert (tokenizer.eos_token, tokenizer.pad_token, len(tokenizer)) == (eos, pad, 6)
+    make_tokenizer(eos_token=None).save_pretrained(tmp_path / "none")
+    with pytest.raises(ModelError, match="has no end-of-sequence token"):
+        models.load_tokenizer(tmp_path / "none")
+
+
+def test_prompts_get_a_beginning_only_where_the_tokenizer_adds_it() -> None:
+    plain = make_tokenizer(bos_token="<b>")
+    assert models.prompt_token_ids(plain, ["ab", "b"]) == [[3, 4], [4]]
+    assert models.prompt_token_ids(plain, []) == []
+    adding = make_tokenizer(bos_token="<b>")
+    adding.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<b> $A <e>", special_tokens=[("<b>", 2), ("<e>", 0)]
+    )
+    assert adding("ab")["input_ids"] == [2, 3, 4, 0]
+    assert models.prompt_token_ids(adding, ["ab", "b"]) == [[2, 3, 4], [2, 4]]  # and no end
+
+
+# ----------------------------------------------------------------------------------------------- LoRA and dropout
+def test_lora_starts_as_the_base_freezes_it_and_merges_into_it(saved: Path) -> None:
+    base, adapted = models.load_policy(saved), models.add_lora(models.load_policy(saved), 2, 8.0)
+    ids = torch.tensor([[3, 4, 5, 3]])
+    assert torch.equal(adapted(input_ids=ids).logits, base(input_ids=ids).logits)
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name for name in trained)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    expected = adapted(input_ids=ids).logits
+    merged = models.merge_lora(adapted)
+    assert merged.state_dict().keys() == base.state_dict().keys()
+    torch.testing.assert_close(merged(input_ids=ids).logits, expected)
+    assert not torch.allclose(expected, base(input_ids=ids).logits)
+
+
+def test_a_classifiers_head_learns_beside_its_adapters(saved: Path) -> None:
+    adapted = models.add_lora(models.reward_from_policy(saved), 2, 8.0)
+    trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert [name for name in trained if "score" in name]
+    assert all("lora_" in name or "score" in name for name in trained)
+    assert isinstance(models.score_head(models.merge_lora(adapted)), torch.nn.Linear)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_dropout_is_off_in_training_mode_and_stays_in_the_config(architecture: str) -> None:
+    model = make_model(architecture, make_tokenizer())
+    names = [
+        name for name in model.config.to_dict() if "drop" in name and isinstance(getattr(model.config, name), float)
+    ]
+    for name in names:
+        setattr(model.config, name, 0.5)
+    model = type(model)(model.config).train()  # with dropout, the functional one of attention too
+    ids = torch.tensor([[3, 4, 5, 3]])
+    assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    models.set_dropout_zero(model)
+    assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert all(getattr(model.config, name) == 0.5 for name in names)

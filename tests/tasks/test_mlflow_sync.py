@@ -1,0 +1,524 @@
+"""Shipping a journal to MLflow: once and only once, whatever is killed meanwhile."""
+
+import contextlib
+import json
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+from mlflow.exceptions import MlflowException
+
+from rlhf.tracker import JournalTracker
+from tasks.journal import PARENT, RunJournal
+from tasks.mlflow_server import connect, default_uri
+from tasks.mlflow_sync import BusyError, Replay, Shipped, run_url, ship, ship_pending
+from tasks.shipper import Shipper
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A SQLite store for all tests of this file: making its tables takes 2 s."""
+    uri = default_uri(tmp_path_factory.mktemp("store"))
+    connect(uri)
+    return uri
+
+
+def begin(directory: Path, experiment: str = "rlhf", **more: Any) -> RunJournal:
+    journal = RunJournal.open(directory)
+    journal.start("demo", experiment=experiment, params={"seed": 1, "ppo.kl_coef": 0.05}, **more)
+    return journal
+
+
+def write_run(directory: Path, points: int = 20, experiment: str = "rlhf") -> None:
+    """A finished run with one stage, two curves and a final figure."""
+    with begin(directory, experiment) as journal:
+        journal.start_stage("sft", tags={"rlhf.cache": "miss"})
+        for step in range(points):
+            journal.metrics("sft", {"sft/loss": 1 / (step + 1), "sft/lr": 0.1}, step)
+        journal.finals("sft", {"sft/final_loss": 0.5})
+
+
+def runs_of(uri: str, run_id: str) -> dict[str, Run]:
+    """MLflow runs by stage; fails when there are two of one."""
+    client = MlflowClient(uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = client.search_runs(experiments, f"tags.`rlhf.run_id` = '{run_id}'")
+    stages = Counter(run.data.tags["rlhf.stage"] for run in found)
+    assert set(stages.values()) <= {1}, stages
+    return {run.data.tags["rlhf.stage"]: run for run in found}
+
+
+def history(uri: str, run: Run, name: str) -> list[tuple[int, float]]:
+    return sorted((m.step, m.value) for m in MlflowClient(uri).get_metric_history(run.info.run_id, name))
+
+
+def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+# What arrives
+
+
+def test_parent_and_child_arrive_with_all_that_is_known_of_them(store: str, tmp_path: Path) -> None:
+    directory = tmp_path / "r1"
+    with begin(directory, note="# A run", columns=["metrics.sft/final_loss", "params.seed"]) as journal:
+        journal.text(PARENT, "config.yaml", "seed: 1\n")
+        journal.start_stage("sft", tags={"rlhf.cache": "miss", "rlhf.key": "abc"})
+        for step in range(5):
+            journal.metrics("sft", {"sft/loss": float(step)}, step, t=1_700_000_000_000 + step)
+        journal.finals("sft", {"sft/final_loss": 0.5})
+        journal.params("sft", {"sft.epochs": 3})
+        journal.dataset("sft", "demonstrations", "ab" * 32, "data/demonstrations.parquet", rows=10)
+    state = ship(directory, store)
+    assert (state.complete, state.skipped) == (True, 0)
+
+    runs = runs_of(store, "r1")
+    parent, child = runs[PARENT], runs["sft"]
+    assert (parent.info.run_name, child.info.run_name) == ("demo", "demo/sft")
+    assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert (parent.info.status, child.info.status) == ("FINISHED", "FINISHED")
+    assert parent.data.params == {"seed": "1", "ppo.kl_coef": "0.05"}
+    assert child.data.params == {"sft.epochs": "3"}
+    assert parent.data.tags["mlflow.note.content"] == "# A run"
+    assert (child.data.tags["rlhf.cache"], child.data.tags["rlhf.key"]) == ("miss", "abc")
+    curve = [(step, float(step)) for step in range(5)]
+    for run in (parent, child):
+        assert history(store, run, "sft/loss") == curve
+        assert history(store, run, "sft/final_loss") == [(0, 0.5)]
+    points = MlflowClient(store).get_metric_history(child.info.run_id, "sft/loss")
+    assert sorted(point.timestamp for point in points) == [1_700_000_000_000 + step for step in range(5)]
+    [data] = child.inputs.dataset_inputs
+    assert (data.dataset.name, data.dataset.digest) == ("demonstrations", ("ab" * 32)[:36])
+    file = MlflowClient(store).download_artifacts(parent.info.run_id, "config.yaml", str(tmp_path))
+    assert Path(file).read_text() == "seed: 1\n"
+    experiment = MlflowClient(store).get_experiment(parent.info.experiment_id)
+    view = json.loads(experiment.tags["mlflow.sharedViewState.rlhf"])
+    assert "metrics.`sft/final_loss`" in json.loads(view["state"])["selectedColumns"]
+    assert experiment.artifact_location == (Path(store.removeprefix("sqlite:///")).parent / "mlartifacts/rlhf").as_uri()
+
+
+def test_shipping_again_from_the_start_changes_nothing(store: str, tmp_path: Path) -> None:
+    directory = tmp_path / "again"
+    write_run(directory, points=1100)  # 2200 points: several requests
+    assert ship(directory, store).complete
+    first = runs_of(store, "again")
+    (directory / "shipped.json").unlink()
+    assert ship(directory, store).complete
+    assert ship(directory, store).complete
+    second = runs_of(store, "again")
+    for stage in (PARENT, "sft"):
+        assert second[stage].info.run_id == first[stage].info.run_id
+        curve = history(store, second[stage], "sft/loss")
+        assert curve == [(step, pytest.approx(1 / (step + 1))) for step in range(1100)]
+
+
+def test_values_that_are_no_numbers_do_not_stop_it(store: str, tmp_path: Path) -> None:
+    directory = tmp_path / "nan"
+    with begin(directory) as journal:
+        journal.start_stage("sft")
+        for step, value in enumerate([math.nan, math.inf, -math.inf, 1.0]):
+            journal.metrics("sft", {"sft/loss": value}, step)
+    assert ship(directory, store).skipped == 0
+    (directory / "shipped.json").unlink()
+    ship(directory, store)
+    (_, a), (_, b), (_, c), (_, d) = history(store, runs_of(store, "nan")["sft"], "sft/loss")
+    assert math.isnan(a)
+    assert b > 1e300
+    assert c < -1e300
+    assert d == 1.0
+
+
+def test_a_name_that_mlflow_refuses_is_made_fit(store: str, tmp_path: Path) -> None:
+    directory = tmp_path / "names"
+    with begin(directory) as journal:
+        journal.start_stage("sft")
+        journal.metrics("sft", {"sft/größe (%)": 1.0, "sft/" + "x" * 300: 2.0, "/sft//a/../b": 3.0}, 1)
+    assert ship(directory, store).skipped == 0
+    metrics = runs_of(store, "names")["sft"].data.metrics
+    assert sorted(metrics) == sorted(["sft/größe ___", ("sft/" + "x" * 300)[:250], "sft/b"])
+
+
+def test_what_the_server_will_never_take_is_skipped_and_the_rest_arrives(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "refused"
+    with begin(directory) as journal:
+        journal.params(PARENT, {"seed": 2})  # it is 1: parameters cannot change
+        journal.artifact(PARENT, tmp_path / "missing.png")
+        journal.tags(PARENT, {"after": "yes"})
+    state = ship(directory, store)
+    assert (state.complete, state.skipped) == (True, 2)
+    parent = runs_of(store, "refused")[PARENT]
+    assert parent.data.params["seed"] == "1"
+    assert parent.data.tags["after"] == "yes"
+    assert "missing.png" in caplog.text
+
+
+def test_a_table_arrives_once_in_the_form_the_ui_shows(store: str, tmp_path: Path) -> None:
+    directory, parquet = tmp_path / "table", tmp_path / "samples.parquet"
+    table = pd.DataFrame({"prompt": ["a", "b"], "score": [0.5, math.nan]})
+    table.to_parquet(parquet)
+    with begin(directory) as journal:
+        journal.table(PARENT, parquet, "samples")
+    ship(directory, store)
+    (directory / "shipped.json").unlink()
+    ship(directory, store)
+    parent = runs_of(store, "table")[PARENT]
+    assert json.loads(parent.data.tags["mlflow.loggedArtifacts"]) == [{"path": "samples/samples.json", "type": "table"}]
+    client = MlflowClient(store)
+    file = client.download_artifacts(parent.info.run_id, "samples/samples.json", str(tmp_path))
+    pd.testing.assert_frame_equal(pd.read_json(file, orient="split"), table, check_dtype=False)
+    names = {file.path for file in client.list_artifacts(parent.info.run_id, "samples")}
+    assert names == {"samples/samples.json", "samples/samples.parquet"}
+
+
+def test_a_cached_stage_links_to_the_run_that_computed_it(store: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "first")
+    ship(tmp_path / "first", store)
+    with begin(tmp_path / "second") as journal:
+        journal.start_stage("sft", computed_by="first", note="Same key.")
+    ship(tmp_path / "second", store)
+    note = runs_of(store, "second")["sft"].data.tags["mlflow.note.content"]
+    assert f"/runs/{runs_of(store, 'first')['sft'].info.run_id})" in note
+    assert note.endswith("Same key.")
+
+
+def test_a_password_is_not_written_to_a_file_or_link(tmp_path: Path) -> None:
+    write_run(tmp_path / "secret")
+    uri = "http://me:pass@127.0.0.1:9"
+    with Replay(tmp_path / "secret", uri):
+        pass
+    Shipped(uri=uri, experiment_id="1", runs={PARENT: "abc"}).write(tmp_path / "secret")
+    assert run_url(tmp_path / "secret", uri) == "http://127.0.0.1:9/#/experiments/1/runs/abc"
+    with Replay(tmp_path / "secret", uri):
+        pass
+    assert "pass" not in (tmp_path / "secret" / "shipped.json").read_text()
+
+
+# What goes wrong
+
+
+class FailingClient:
+    """A client that carries out each request, and then loses the answer of some."""
+
+    def __init__(self, uri: str, lose: Callable[[str], bool]) -> None:
+        self._client = MlflowClient(uri)
+        self._lose = lose
+        self.lost = 0
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._client, name)
+
+        def call(*arguments: Any, **keywords: Any) -> Any:
+            result = method(*arguments, **keywords)
+            if self._lose(name):
+                self.lost += 1
+                raise MlflowException("the answer was lost")
+            return result
+
+        return call
+
+
+def test_answers_that_are_lost_give_every_run_and_point_once(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "lossy"
+    write_run(directory, points=600)
+    calls: Counter[str] = Counter()
+
+    def lose(name: str) -> bool:
+        calls[name] += 1
+        return calls[name] <= 2 and not name.startswith(("get", "search"))
+
+    client = FailingClient(store, lose)
+    monkeypatch.setattr("tasks.mlflow_sync.connect", lambda uri: client)
+    for _ in range(20):
+        with contextlib.suppress(MlflowException):
+            ship(directory, store)
+            break
+    assert Shipped.read(directory).complete
+    assert client.lost == 6  # of making, filling and ending runs, two each
+    for run in runs_of(store, "lossy").values():
+        assert len(history(store, run, "sft/loss")) == 600
+        assert run.info.status == "FINISHED"
+
+
+def test_a_run_made_twice_by_a_late_answer_is_deleted(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "late"
+    write_run(directory)
+    write_run(tmp_path / "earlier")
+    ship(tmp_path / "earlier", store)
+    client = MlflowClient(store)
+    experiment = client.get_experiment_by_name("rlhf")
+    assert experiment is not None
+    client.create_run(experiment.experiment_id, tags={"rlhf.run_id": "late", "rlhf.stage": "sft"})
+    original = Replay._find_runs
+
+    def find_runs(self: Replay, run_id: str, stage: str | None = None) -> list[Run]:
+        """The run that the first request made is not there yet when it is looked for."""
+        return [] if stage else original(self, run_id, stage)
+
+    monkeypatch.setattr(Replay, "_find_runs", find_runs)
+    ship(directory, store)
+    assert set(runs_of(store, "late")) == {PARENT, "sft"}
+    assert history(store, runs_of(store, "late")["sft"], "sft/final_loss") == [(0, 0.5)]
+
+
+def test_a_file_that_cannot_be_sent_now_does_not_hold_up_the_rest(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "store-down"
+    with begin(directory) as journal:
+        journal.text(PARENT, "a.txt", "a")
+        journal.tags(PARENT, {"after": "yes"})
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_artifact", lambda *a: (_ for _ in ()).throw(MlflowException("no bucket")))
+        state = ship(directory, store)
+    assert not state.complete
+    assert len(state.waiting) == 1
+    assert "no bucket" in caplog.text
+    assert runs_of(store, "store-down")[PARENT].info.status == "FINISHED"
+    assert ship(directory, store).complete
+
+
+def test_runs_that_the_server_has_lost_are_shipped_again(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "lost"
+    with begin(directory) as journal:
+        journal.start_stage("sft")
+        journal.metrics("sft", {"sft/loss": 1.0}, 1)
+        state = ship(directory, store)
+        state.runs = dict.fromkeys(state.runs, "0" * 32)  # as if the database had been made anew since
+        state.write(directory)
+    assert ship(directory, store).complete
+    assert "has lost the run" in caplog.text
+    assert history(store, runs_of(store, "lost")["sft"], "sft/loss") == [(1, 1.0)]
+
+
+def test_two_at_once_do_not_ship_the_same_journal(store: str, tmp_path: Path) -> None:
+    directory = tmp_path / "busy"
+    write_run(directory)
+    with Replay(directory, store) as replay:
+        with pytest.raises(BusyError):
+            ship(directory, store)
+        assert ship_pending(tmp_path, store) == (0, 0)
+        assert replay.run().complete
+    errors: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            ship(directory, store)
+        except BusyError:
+            pass
+        except BaseException as error:
+            errors.append(error)
+
+    (directory / "shipped.json").unlink()
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert len(history(store, runs_of(store, "busy")["sft"], "sft/loss")) == 20
+
+
+def test_pending_journals_are_shipped_later_and_the_dead_are_ended(store: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "p1")
+    begin(tmp_path / "p2").close()  # its owner died
+    (tmp_path / "p3").mkdir()
+    RunJournal.open(tmp_path / "p3").close()  # it died before it began
+    living = begin(tmp_path / "p4")
+    elsewhere = tmp_path / "p5"
+    write_run(elsewhere)
+    Shipped(uri="http://elsewhere").write(elsewhere)
+    assert ship_pending(tmp_path, store) == (2, 0)
+    assert ship_pending(tmp_path, store) == (0, 0)
+    assert runs_of(store, "p1")["sft"].info.status == "FINISHED"
+    assert runs_of(store, "p2")[PARENT].info.status == "KILLED"
+    assert runs_of(store, "p4") == {} == runs_of(store, "p5")
+    living.close()
+
+
+# The process in the background
+
+
+def test_the_shipper_ships_while_the_run_goes_on(store: str, tmp_path: Path) -> None:
+    journal = begin(tmp_path / "live")
+    shipper = Shipper(tmp_path / "live", store)
+    journal.start_stage("sft")
+    journal.metrics("sft", {"sft/loss": 1.0}, 1)
+    until(lambda: "sft" in Shipped.read(tmp_path / "live").runs)
+    until(lambda: "sft/loss" in runs_of(store, "live")["sft"].data.metrics)
+    journal.metrics("sft", {"sft/loss": 0.5}, 2)
+    journal.end(PARENT)
+    journal.close()
+    assert shipper.close(timeout=20)
+    assert history(store, runs_of(store, "live")["sft"], "sft/loss") == [(1, 1.0), (2, 0.5)]
+    assert Shipped.read(tmp_path / "live").complete
+
+
+def test_kill_9_of_the_training_is_reported_by_the_shipper(store: str, tmp_path: Path) -> None:
+    directory = tmp_path / "dead"
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from tasks.journal import RunJournal; from tasks.shipper import Shipper\n"
+        "directory = Path(sys.argv[1])\n"
+        "journal = RunJournal.open(directory); journal.start('demo', experiment='rlhf'); journal.start_stage('sft')\n"
+        "Shipper(directory, sys.argv[2])\n"
+        "journal.metrics('sft', {'sft/loss': 1.0}, 1); os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(directory), store], cwd=ROOT, check=False)
+    until(lambda: Shipped.read(directory).complete)
+    runs = runs_of(store, "dead")
+    assert (runs[PARENT].info.status, runs["sft"].info.status) == ("KILLED", "KILLED")
+    assert history(store, runs["sft"], "sft/loss") == [(1, 1.0)]
+
+
+def test_kill_9_of_the_shipper_in_the_middle_loses_and_doubles_nothing(store: str, tmp_path: Path) -> None:
+    directory = tmp_path / "killed"
+    points = 5_000
+    with begin(directory) as journal:
+        journal.start_stage("sft")
+        for step in range(points):
+            journal.metrics("sft", {"sft/loss": float(step)}, step)
+        shipper = Shipper(directory, store)
+        until(lambda: Shipped.read(directory).offset > 50_000)
+        os.kill(shipper._process.pid, signal.SIGKILL)
+        shipper._process.wait()
+        offset = Shipped.read(directory).offset
+        assert offset < (directory / "journal.jsonl").stat().st_size  # it was in the middle
+    assert shipper.close(timeout=30)  # which starts another one
+    for run in runs_of(store, "killed").values():
+        assert history(store, run, "sft/loss") == [(step, float(step)) for step in range(points)]
+
+
+# A server that goes away
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator["Server"]:
+    server = Server(tmp_path / "server")
+    server.start()
+    yield server
+    server.kill()
+
+
+class Server:
+    """A real ``mlflow server`` on a free port."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self._folder / 'mlflow.db'}"]
+        command += ["--artifacts-destination", str(self._folder / "artifacts")]
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with (self._folder / "server.log").open("ab") as output:
+            self._process = subprocess.Popen(
+                command, env=environment, cwd=self._folder, stdout=output, stderr=output, start_new_session=True
+            )
+        until(self._answers, seconds=60)
+
+    def kill(self) -> None:
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+
+def test_a_server_killed_and_restarted_gets_every_point_once_and_never_blocks(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="tasks.shipper")
+    directory = tmp_path / "runs" / "http"
+    slowest, step = 0.0, 0
+    with begin(directory) as journal:
+        journal.start_stage("sft")
+        journal.text("sft", "notes/a.txt", "hello")
+        shipper = Shipper(directory, server.uri)
+        tracker = JournalTracker(tmp_path / "metrics.jsonl", journal.listener("sft"))
+
+        def train(condition: Callable[[], bool]) -> None:
+            nonlocal slowest, step
+            deadline = time.monotonic() + 30
+            while not condition():
+                assert time.monotonic() < deadline, caplog.text
+                started = time.perf_counter()
+                tracker.log({"sft/loss": float(step), "sft/nan": math.nan}, step)
+                slowest = max(slowest, time.perf_counter() - started)
+                step += 1
+                time.sleep(0.002)
+
+        train(lambda: Shipped.read(directory).offset > 50_000)
+        server.kill()
+        train(lambda: "cannot be written to" in caplog.text)
+        killed_at = step
+        train(lambda: step > killed_at + 200)
+        server.start()
+        train(lambda: "is back" in caplog.text)
+        train(lambda: step > killed_at + 400)
+    assert shipper.close(timeout=30), (directory / "shipper.log").read_text()
+    assert slowest < 1.0
+    print(f"slowest call: {slowest * 1000:.1f} ms; {step} steps")
+    assert caplog.text.count("cannot be written to") == 1
+    runs = runs_of(server.uri, "http")
+    for run in runs.values():
+        assert history(server.uri, run, "sft/loss") == [(i, float(i)) for i in range(step)]
+        assert len(history(server.uri, run, "sft/nan")) == step
+        assert run.info.status == "FINISHED"
+    file = MlflowClient(server.uri).download_artifacts(runs["sft"].info.run_id, "notes/a.txt", str(tmp_path))
+    assert Path(file).read_text() == "hello"
+
+
+def test_without_a_server_the_run_ends_in_time_and_is_kept_for_later(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with begin(tmp_path / "offline") as journal:
+        shipper = Shipper(tmp_path / "offline", uri)
+        until(lambda: "cannot be written to" in caplog.text)
+        journal.tags(PARENT, {"late": "yes"})
+    started = time.monotonic()
+    assert not shipper.close(timeout=1.0)
+    assert time.monotonic() - started < 5
+    assert ship(tmp_path / "offline", store).complete
+    assert runs_of(store, "offline")[PARENT].data.tags["late"] == "yes"

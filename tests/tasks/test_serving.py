@@ -1,0 +1,209 @@
+"""Models that are logged load back and predict what transformers predicts."""
+
+import copy
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+import torch
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from tokenizers import ByteLevelBPETokenizer
+from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from tasks.journal import RunJournal
+from tasks.mlflow_files import log_model
+from tasks.mlflow_server import connect, default_uri
+from tasks.mlflow_sync import ship
+
+PROMPTS = ["The pool is closed on Monday.", "Hi", "A parcel came: it is at the desk in the hall"]
+RESPONSES = [" Closed Monday.", " Hello", " Parcel at the desk."]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return default_uri(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(PROMPTS + RESPONSES, vocab_size=300, special_tokens=["<|end|>", "<|pad|>"])
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    bpe.save(str(path))
+    return PreTrainedTokenizerFast(tokenizer_file=str(path), eos_token="<|end|>", pad_token="<|pad|>")
+
+
+def config(tokenizer: PreTrainedTokenizerFast, **more: Any) -> GPT2Config:
+    torch.manual_seed(0)
+    return GPT2Config(
+        n_layer=2,
+        n_embd=32,
+        n_head=2,
+        n_positions=96,
+        vocab_size=len(tokenizer),
+        initializer_range=0.5,  # large, so that the likeliest tokens are clear and differ between prompts
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **more,
+    )
+
+
+@pytest.fixture(scope="module")
+def policy(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("policy") / "model"
+    model = GPT2LMHeadModel(config(tokenizer))
+    with torch.no_grad():  # let it stop now and then
+        model.transformer.wte.weight[tokenizer.eos_token_id] *= 1.5
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def make_reward_model(tokenizer: PreTrainedTokenizerFast, path: Path) -> Path:
+    GPT2ForSequenceClassification(config(tokenizer, num_labels=1, score_mean=0.7, score_std=2.0)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def load(store: str, path: Path, digest: str, kind: str) -> Any:
+    """Log the model by way of a run, and load it as anyone would."""
+    client = connect(store)
+    experiment = client.get_experiment_by_name("models")
+    experiment_id = (
+        experiment.experiment_id
+        if experiment
+        else client.create_experiment("models", artifact_location=(path.parent / "mlartifacts").as_uri())
+    )
+    run = client.create_run(experiment_id)
+    model_id = log_model(client, run.info.run_id, kind, path, digest, kind)
+    mlflow.set_tracking_uri(store)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return mlflow.pyfunc.load_model(f"models:/{model_id}")
+    finally:
+        mlflow.set_tracking_uri(None)
+
+
+def greedy(path: Path, prompt: str, new: int) -> str:
+    """One prompt, without padding, token by token, cut at the end of sequence."""
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    model = GPT2LMHeadModel.from_pretrained(path).eval()
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    response: list[int] = []
+    with torch.inference_mode():
+        for _ in range(new):
+            so_far = torch.cat([ids, torch.tensor([response], dtype=torch.long)], dim=1)
+            token = int(model(so_far, attention_mask=torch.ones_like(so_far)).logits[0, -1].argmax())
+            if token == tokenizer.eos_token_id:
+                break
+            response.append(token)
+    return str(tokenizer.decode(response, skip_special_tokens=True))
+
+
+def test_a_policy_gives_what_transformers_gives(store: str, policy: Path) -> None:
+    model = load(store, policy, "policy-digest", "policy")
+    expected = [greedy(policy, prompt, 24) for prompt in PROMPTS]
+    assert len(set(expected)) == len(PROMPTS)
+    params = {"max_new_tokens": 24}
+    assert model.predict(pd.DataFrame({"prompt": PROMPTS}), params=params) == expected
+    assert model.predict(PROMPTS, params=params) == expected
+    assert model.predict(pd.DataFrame({"prompt": PROMPTS}), params={**params, "batch_size": 1}) == expected
+
+
+def test_sampling_obeys_its_seed_and_leaves_the_generator_alone(store: str, policy: Path) -> None:
+    model = load(store, policy, "policy-digest", "policy")
+    state = torch.get_rng_state()
+    params = {"max_new_tokens": 16, "temperature": 5.0}
+    first, again, other = (model.predict(PROMPTS, params={**params, "seed": seed}) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("pad", ["<|pad|>", "<|end|>"])
+def test_a_reward_model_gives_the_logit_normalised(
+    store: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, pad: str
+) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = pad
+    path = make_reward_model(tokenizer, tmp_path / "model")
+    model = load(store, path, f"reward-{pad}", "reward")
+    direct = GPT2ForSequenceClassification.from_pretrained(path).eval()
+    direct.config.pad_token_id = None  # one row, without padding: it reads the last token
+    expected = []
+    with torch.inference_mode():
+        for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+            ids = tokenizer(prompt + response + "<|end|>", return_tensors="pt")["input_ids"]
+            expected.append((direct(ids).logits.item() - 0.7) / 2.0)
+    table = pd.DataFrame({"prompt": PROMPTS, "response": RESPONSES})
+    assert model.predict(table) == pytest.approx(expected, abs=1e-5)
+    texts = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
+    assert model.predict(texts) == pytest.approx(expected, abs=1e-5)
+    assert len({round(score, 3) for score in expected}) == len(PROMPTS)
+
+
+def test_what_it_cannot_answer_is_refused_in_words(
+    store: str, policy: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = load(store, policy, "policy-digest", "policy")
+    with pytest.raises(ValueError, match="no column 'prompt'"):
+        model.predict(pd.DataFrame({"text": PROMPTS, "more": PROMPTS}))
+    with pytest.raises(MlflowException, match="temperature"):
+        model.predict(PROMPTS, params={"temperature": "hot"})
+    with pytest.raises(ValueError, match="takes 96 in all"):
+        model.predict(["a " * 90], params={"max_new_tokens": 32})
+    reward = load(store, make_reward_model(tokenizer, tmp_path / "model"), "reward-plain", "reward")
+    with pytest.raises(ValueError, match="prompt and response"):
+        reward.predict(pd.DataFrame({"prompt": PROMPTS, "answer": RESPONSES}))
+
+
+def test_a_model_is_copied_once_and_attached_to_every_run_that_has_it(
+    store: str, policy: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    for name, path in (("a", policy), ("b", tmp_path / "collected as garbage"), ("c", policy)):
+        with RunJournal.open(tmp_path / name) as journal:
+            journal.start("demo", experiment="shared")
+            journal.start_stage("ppo")
+            journal.model("ppo", "ppo/model", path, "same-digest", "policy")
+        started = time.perf_counter()
+        state = ship(tmp_path / name, store)
+        print(f"{name}: {time.perf_counter() - started:.2f} s")
+        assert (state.complete, state.skipped) == (True, 0), caplog.text
+        (tmp_path / name / "shipped.json").unlink()
+        assert ship(tmp_path / name, store).complete
+    client = MlflowClient(store)
+    [model] = client.search_logged_models([state.experiment_id], "tags.`rlhf.digest` = 'same-digest'")
+    assert (model.name, model.model_type, model.tags["rlhf.kind"]) == ("ppo-model", "policy", "policy")
+    runs = client.search_runs([state.experiment_id], "tags.`rlhf.stage` = 'ppo'")
+    assert [[output.model_id for output in run.outputs.model_outputs] for run in runs] == [[model.model_id]] * 3
+
+
+def test_a_model_half_sent_is_sent_again(
+    store: str, policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunJournal.open(tmp_path / "half") as journal:
+        journal.start("demo", experiment="half")
+        journal.model("pipeline", "ppo", policy, "half-digest", "policy")
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_model_artifacts", lambda *a: (_ for _ in ()).throw(OSError("disk full")))
+        assert not ship(tmp_path / "half", store).complete
+    state = ship(tmp_path / "half", store)
+    assert state.complete
+    [model] = MlflowClient(store).search_logged_models([state.experiment_id])
+    assert model.status == "READY"
+
+
+def test_the_file_imports_nothing_of_this_project() -> None:
+    source = (Path(__file__).parents[2] / "tasks" / "serving.py").read_text()
+    assert "import rlhf" not in source
+    assert "from rlhf" not in source
+    assert "from tasks" not in source
