@@ -23,7 +23,7 @@ ROWS = {
     "rouge1": "ROUGE-1",
     "bleu": "BLEU",
     "meteor": "METEOR",
-    "length": "length (tokens)",
+    "length_tokens": "length (tokens)",
     "kl": "KL to SFT (nats/seq.)",
 }
 

@@ -26,6 +26,7 @@ Files = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -53,12 +54,12 @@ class OptionalStage(Section):
 class Columns(Section):
     """Names of the columns in the user's files."""
 
-    prompt: str = Field("prompt", description="Column with the prompt.")
-    response: str = Field("response", description="Column with the demonstrated response.")
-    chosen: str = Field("chosen", description="Column with the preferred response of a pair.")
-    rejected: str = Field("rejected", description="Column with the other response of a pair.")
+    prompt: str = Field("prompt", min_length=1, description="Column with the prompt.")
+    response: str = Field("response", min_length=1, description="Column with the demonstrated response.")
+    chosen: str = Field("chosen", min_length=1, description="Column with the preferred response of a pair.")
+    rejected: str = Field("rejected", min_length=1, description="Column with the other response of a pair.")
     reference: str = Field(
-        "reference", description="Column of the prompt files with a reference response, if there is one."
+        "reference", min_length=1, description="Column of the prompt files with a reference response, if there is one."
     )
 
 
@@ -119,7 +120,7 @@ class Model(Section):
     heads: Count = Field(4, description="Attention heads when init is random.")
     context: Count = Field(256, description="Longest sequence, in tokens, when init is random.")
     vocab_size: Annotated[int, Field(ge=257)] = Field(
-        2048, description="Size of the byte-level BPE vocabulary trained in prepare when init is random."
+        2048, description="Most entries of the byte-level BPE vocabulary that prepare trains when init is random."
     )
     lora_rank: Annotated[int, Field(ge=0)] = Field(0, description="Rank of the LoRA adapters; 0 trains all weights.")
     lora_alpha: Positive = Field(32.0, description="LoRA scaling numerator (scale = alpha / rank).")
@@ -202,7 +203,7 @@ class Reward(Supervised):
 class Ppo(OptionalStage):
     """Proximal policy optimisation of the policy against the reward, held near the SFT policy by a KL penalty."""
 
-    rewards: dict[str, float] = Field(
+    rewards: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(
         {"model": 1.0},
         description="Weight of each reward: `model` (the trained one), `module:function` or `file.py:function`.",
     )
@@ -248,10 +249,13 @@ class Ppo(OptionalStage):
         "off", description="A response that did not end within the limit: leave its score, replace it, or subtract."
     )
     missing_eos_value: float = Field(
-        -1.0, description="Score of such a response when missing_eos is `replace`; amount subtracted is its magnitude."
+        -1.0,
+        allow_inf_nan=False,
+        description="Score of such a response when missing_eos is `replace`; amount subtracted is its magnitude.",
     )
     early_stop_kl: Positive | None = Field(
-        None, description="Stop the epochs of an update once approx KL (nats per token) exceeds 1.5 times this."
+        None,
+        description="End an update before a step at which approx KL (nats per token) is over 1.5 times this.",
     )
     value_model: Literal["separate"] = Field(
         "separate", description="A value model of its own, initialised from the reward model where that fits."
@@ -263,6 +267,11 @@ class Ppo(OptionalStage):
     def _check(self) -> Ppo:
         if self.episodes % self.minibatches:
             raise ValueError(f"minibatches {self.minibatches} must divide episodes {self.episodes}")
+        if self.warmup_updates >= self.updates:
+            raise ValueError(
+                f"warmup_updates {self.warmup_updates} leaves none of the {self.updates} updates for the policy; "
+                "lower it, or raise updates"
+            )
         if self.enabled and not self.rewards:
             raise ValueError("rewards is empty; name at least one, e.g. {model: 1.0}")
         for name in self.rewards:

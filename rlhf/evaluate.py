@@ -224,9 +224,7 @@ def _judged(scorers: Mapping[str, rewards.Scorer], rows: HeldOut, texts: Sequenc
     known = [row for row, text in enumerate(texts) if text is not None]
     responses = [texts[row] or "" for row in known]
     asked = rows.prompts.select(known)
-    found: dict[str, Any] = {
-        name: scorer(asked.texts, responses, asked.columns) for name, scorer in scorers.items()
-    }
+    found: dict[str, Any] = {name: scorer(asked.texts, responses, asked.columns) for name, scorer in scorers.items()}
     found["length_words"] = metrics.word_lengths(responses)
     values = {name: np.full(len(texts), np.nan) for name in found}
     for name, scores in found.items():

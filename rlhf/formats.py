@@ -129,7 +129,7 @@ def _by_column(records: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 
 def _read_jsonl(path: Path, where: str, bad: BadRows) -> Part:
     records, numbers = [], []
-    with path.open(encoding="utf-8-sig", newline="\n") as file:  # a text may hold other line separators
+    with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue

@@ -58,9 +58,7 @@ def corpus_bootstrap(
     value = float(statistic(np.ones((1, n), dtype=np.int64))[0])
     if n < 2 or np.isnan(value):
         return Estimate(value, np.nan, np.nan, n)
-    counts = (
-        np.stack([np.bincount(row, minlength=n) for row in rows]) for rows in _resampled_rows(n, resamples, seed)
-    )
+    counts = (np.stack([np.bincount(row, minlength=n) for row in rows]) for rows in _resampled_rows(n, resamples, seed))
     values = np.concatenate([statistic(chunk) for chunk in counts])
     low, high = np.clip(np.nanquantile(values, _tails(confidence)) - (np.nanmean(values) - value), *limits)
     return Estimate(value, float(low), float(high), n)

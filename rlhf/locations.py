@@ -36,14 +36,14 @@ def matching_files(name: str, where: str) -> list[Path]:
         DataError: there is none.
     """
     path = data_path(name)
+    if path.exists():
+        return [path]
     if any(character in name for character in "*?["):
         found = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path)))
-        if not found:
-            raise DataError(f"{where}: no file matches {name!r} (looked in {path.parent.resolve()})")
-        return found
-    if not path.exists():
-        raise DataError(f"{where}: there is no file {path.resolve()}{_hint(path)}")
-    return [path]
+        if found:
+            return found
+        raise DataError(f"{where}: no file matches {name!r} (looked in {path.parent.resolve()})")
+    raise DataError(f"{where}: there is no file {path.resolve()}{_hint(path)}")
 
 
 def _hint(path: Path) -> str:

@@ -99,7 +99,9 @@ def _limit(examples: Examples, most: int | None) -> None:
 def _prompts_of(demonstrations: Examples) -> Examples:
     """The prompts of the demonstrations, each once, with the response as reference."""
     prompts = demonstrations.texts["prompt"]
-    once = list({prompts[row]: row for row in reversed(demonstrations.kept)}.values())[::-1]
+    once: dict[str, int] = {}
+    for row in demonstrations.kept:
+        once.setdefault(prompts[row], row)
     made = Examples(
         kind="prompts",
         rows=demonstrations.rows,
@@ -108,7 +110,7 @@ def _prompts_of(demonstrations: Examples) -> Examples:
         kept=demonstrations.kept,
         read=len(demonstrations.kept),
     )
-    made.keep(once, "duplicate")
+    made.keep(list(once.values()), "duplicate")
     return made
 
 

@@ -46,7 +46,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); p
 </ul>
 <p class="note">{{ report.prompts }} held-out prompts; temperature {{ report.settings.temperature }}; at most
 {{ report.settings.max_new_tokens }} new tokens; seed {{ report.settings.seed }}. Intervals:
-{{ (100 * report.settings.confidence) | round(1) }} %, bootstrap over prompts,
+{{ "%g" | format(100 * report.settings.confidence) }} %, bootstrap over prompts,
 {{ report.settings.bootstrap }} resamples.
 {% if report.comparison %}A tie is half a win.{% endif %}</p>
 </header>

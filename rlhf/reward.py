@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rlhf.context import Context
 
 REFERENCES = 2000  # SFT references that the mean score is taken over, at most
-TRAIN_SCORES = 2000  # training pairs in scores.parquet, at most
+TRAIN_SCORES = 500  # training pairs in scores.parquet, at most
 RESAMPLES, CONFIDENCE = 1000, 0.95  # of the accuracy's bootstrap interval
 
 
@@ -69,21 +69,43 @@ def run(context: Context) -> dict[str, float]:
     training.seed_everything(config.seed)
     model, tokenizer = _start(context)
     train, validation, test = (_pairs(context, split, tokenizer, model) for split in ("train", "validation", "test"))
-    lora = config.model.lora_rank
+    references = _references(context, tokenizer, model) or train.chosen[:REFERENCES]
+    size = section.micro_batch_size or section.batch_size
+
+    model = _trained(context, model, tokenizer, train, validation)
+    mean, std = normalisation(raw_scores(model, references, size), section.normalize_std)
+    model.config.score_mean, model.config.score_std = mean, std
+    models.save(model, tokenizer, context.out / "model")
+    first = Pairs(train.chosen[:TRAIN_SCORES], train.rejected[:TRAIN_SCORES])
+    scores = {"test": score_pairs(model, test, size), "train": score_pairs(model, first, size)}
+    _write_scores(context.out / "scores.parquet", scores, mean, std)
+    finals = {"train_pairs": float(len(train.chosen)), "score_mean": mean, "score_std": std}
+    finals |= held_out_metrics(scores["test"], config.seed)
+    return {f"reward/{name}": value for name, value in finals.items()}
+
+
+def _trained(
+    context: Context,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Pairs,
+    validation: Pairs,
+) -> PreTrainedModel:
+    """The model after training, adapters merged. The validation pairs are scored before, between epochs and after."""
+    section, lora = context.config.reward, context.config.model.lora_rank
     trainer = Trainer(
-        model=models.add_lora(model, lora, config.model.lora_alpha) if lora else model,
+        model=models.add_lora(model, lora, context.config.model.lora_alpha) if lora else model,
         args=training.training_arguments(
             RewardConfig, section, context, max_length=None, center_rewards_coefficient=section.center or None
         ),
         train_dataset=_dataset(train),
         processing_class=_with_pad_that_ends_no_text(tokenizer),
     )
-    size = trainer.args.per_device_train_batch_size
 
     def validate() -> dict[str, float]:
         if not validation.chosen:
             return {}
-        scores = score_pairs(trainer.model, validation, size)
+        scores = score_pairs(trainer.model, validation, trainer.args.per_device_train_batch_size)
         return {"validation_loss": pair_loss(scores), "validation_accuracy": float(wins(scores).mean())}
 
     checkpoint = training.resume_from(context)
@@ -91,25 +113,13 @@ def run(context: Context) -> dict[str, float]:
         training.log_values(context, validate(), 0)
     training.train(trainer, context, checkpoint, validate)
     training.log_values(context, validate(), trainer.state.global_step)
-
-    trained = models.merge_lora(trainer.model) if lora else trainer.model
-    references = raw_scores(trained, _references(context, tokenizer, model) or train.chosen[:REFERENCES], size)
-    mean, std = float(references.mean()), 1.0
-    if section.normalize_std and references.std() > 0:
-        std = float(references.std())
-    trained.config.score_mean, trained.config.score_std = mean, std
-    models.save(trained, tokenizer, context.out / "model")
-    first = Pairs(train.chosen[:TRAIN_SCORES], train.rejected[:TRAIN_SCORES])
-    scores = {"test": score_pairs(trained, test, size), "train": score_pairs(trained, first, size)}
-    _write_scores(context.out / "scores.parquet", scores, mean, std)
-    finals = {"train_pairs": float(len(train.chosen)), "score_mean": mean, "score_std": std}
-    finals |= held_out_metrics(scores["test"], config.seed)
-    return {f"reward/{name}": value for name, value in finals.items()}
+    trained: PreTrainedModel = models.merge_lora(trainer.model) if lora else trainer.model
+    return trained
 
 
 # ------------------------------------------------------------------------------------------------------ the model
 def _start(context: Context) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model before training, its scores not shifted, and its tokenizer."""
+    """The model before training, and its tokenizer."""
     config = context.config
     path = config.reward.path or context.sft_model()
     revision = config.model.revision if path == config.model.path else None
@@ -118,7 +128,6 @@ def _start(context: Context) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model = models.load_reward_model(*where)
     except ModelError:  # it has no trained head; what else is wrong with it, the next line says too
         model = models.reward_from_policy(*where)
-    model.config.score_mean, model.config.score_std = 0.0, 1.0
     return model, models.load_tokenizer(*where)
 
 
@@ -219,6 +228,12 @@ def wins(scores: Scores) -> Floats:
 def pair_loss(scores: Scores) -> float:
     """The mean of -log sigmoid(chosen - rejected), in nats: ln 2 for a model that knows nothing."""
     return float(np.logaddexp(0.0, scores.rejected - scores.chosen).mean())
+
+
+def normalisation(references: Floats, normalize_std: bool) -> tuple[float, float]:
+    """Mean and divisor that give the references mean 0 and, if asked for, standard deviation 1."""
+    spread = float(references.std()) if normalize_std else 1.0
+    return float(references.mean()), spread or 1.0
 
 
 def held_out_metrics(scores: Scores, seed: int) -> dict[str, float]:

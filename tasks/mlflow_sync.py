@@ -102,7 +102,12 @@ def ship_pending(runs: Path, tracking_uri: str) -> Pending:
     Runs whose process lives are left to it, and so are those begun with another tracking URI.
     One that fails is logged and left for the next time.
     """
-    shipped = left = 0
+    outcomes = list(pending_one_by_one(runs, tracking_uri))
+    return Pending(shipped=sum(outcomes), left=len(outcomes) - sum(outcomes))
+
+
+def pending_one_by_one(runs: Path, tracking_uri: str) -> Iterator[bool]:
+    """As :func:`ship_pending`; each step ships one run, and says whether it is complete now."""
     for journal in sorted(runs.glob(f"*/{JOURNAL}")):
         directory = journal.parent
         state = Shipped.read(directory)
@@ -117,8 +122,7 @@ def ship_pending(runs: Path, tracking_uri: str) -> Pending:
         except Exception as error:
             log.warning("the run %s could not be shipped to MLflow yet: %s", directory.name, brief(error))
             complete = False
-        shipped, left = shipped + complete, left + (not complete)
-    return Pending(shipped, left)
+        yield complete
 
 
 def run_url(directory: Path, tracking_uri: str) -> str | None:

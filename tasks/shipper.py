@@ -24,18 +24,18 @@ from typing import IO, Self
 
 from tasks.journal import end_if_abandoned
 from tasks.mlflow_server import brief, without_password
-from tasks.mlflow_sync import BusyError, Replay, ship_pending
+from tasks.mlflow_sync import BusyError, Replay, Shipped, pending_one_by_one
 
 log = logging.getLogger("tasks.shipper")  # not __name__: this module also runs as a program
 
 POLL_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 5.0  # between two attempts while the server is away
-PATIENCE_SECONDS = 60.0  # with a server that is away, after the training process has died
+PATIENCE_SECONDS = 15.0  # with a server that is away, once the run is over
 SHIPPER_LOG = "shipper.log"
 
 
 class Shipper:
-    """Ships the journal of a run in the background from now on; also what earlier runs beside it have left.
+    """Ships the journal of a run in the background from now on, and what earlier runs beside it have left.
 
     Args:
         directory: the run's, whose journal is open.
@@ -67,6 +67,8 @@ class Shipper:
         except subprocess.TimeoutExpired:
             self._process.terminate()
             self._process.wait()
+            if Shipped.read(self._directory).complete:  # it was shipping what earlier runs have left
+                return True
         log.warning("MLflow has not got everything of the run %s yet; it is kept for later", self._directory.name)
         return False
 
@@ -113,7 +115,8 @@ def follow(directory: Path, tracking_uri: str, wait: Callable[[float], bool]) ->
     Returns:
         Whether everything is shipped.
     """
-    closing, pending, failures, deadline = False, True, 0, float("inf")
+    closing, failures, deadline = False, 0, float("inf")
+    pending = pending_one_by_one(directory.parent, tracking_uri)
     with Replay(directory, tracking_uri) as replay:
         while True:
             abandoned = end_if_abandoned(directory)
@@ -124,7 +127,7 @@ def follow(directory: Path, tracking_uri: str, wait: Callable[[float], bool]) ->
                     where = without_password(tracking_uri)
                     log.warning("MLflow at %s cannot be written to; metrics are kept here: %s", where, brief(error))
                 failures += 1
-                if abandoned:
+                if abandoned or closing:
                     deadline = min(deadline, time.monotonic() + PATIENCE_SECONDS)
                     if time.monotonic() >= deadline:
                         return False
@@ -132,9 +135,7 @@ def follow(directory: Path, tracking_uri: str, wait: Callable[[float], bool]) ->
                 if failures > 0:
                     log.info("MLflow at %s is back; it has all metrics now", without_password(tracking_uri))
                 failures = 0
-                if pending:
-                    pending = False
-                    ship_pending(directory.parent, tracking_uri)
+                next(pending, None)  # of what earlier runs have left, one at a time: this run goes first
                 if state.complete or closing:
                     return not state.waiting
             if closing:

@@ -267,6 +267,7 @@ def test_kl_is_the_sum_over_tokens_of_the_exact_kl(inputs: dict[str, Path], monk
             logits = [one.model(ids).logits[0, start - 1 : -1].double() for one in (policy, reference)]
         p, q = (torch.softmax(one / 0.7, -1) for one in logits)
         expected.append((p * (p / q).log()).sum().item())
+
     def per_response() -> list[float]:
         with torch.no_grad():
             return unpack(evaluate._kl(policy, reference, 0.7, sequences), sequences.mask).sum(1).tolist()

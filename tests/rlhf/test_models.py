@@ -89,9 +89,9 @@ def test_a_new_reward_model_is_the_policys_trunk_with_a_random_head(saved: Path)
     trunk = policy.base_model.state_dict()
     assert all(torch.equal(weight, trunk[name]) for name, weight in model.base_model.state_dict().items())
     assert model.config.num_labels == 1
-    heads = torch.cat([models.score_head(models.reward_from_policy(saved)).weight for _ in range(60)])
-    assert heads.std().item() == pytest.approx(17**-0.5, rel=0.1)
-    assert heads.mean().item() == pytest.approx(0.0, abs=0.03)
+    heads = torch.cat([models.score_head(models.reward_from_policy(saved)).weight for _ in range(20)])
+    assert heads.std().item() == pytest.approx(17**-0.5, rel=0.15)
+    assert heads.mean().item() == pytest.approx(0.0, abs=0.05)
 
 
 def test_a_value_model_starts_from_the_reward_model_where_it_reads_the_same_tokens(saved: Path, tmp_path: Path) -> None:
@@ -222,9 +222,9 @@ def test_a_classifiers_head_learns_beside_its_adapters(saved: Path) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_dropout_is_off_in_training_mode_and_stays_in_the_config(architecture: str) -> None:
     model = make_model(architecture, make_tokenizer())
-    names = [
-        name for name in model.config.to_dict() if "drop" in name and isinstance(getattr(model.config, name), float)
-    ]
+    settings = model.config.to_dict().items()
+    names = [name for name, value in settings if "drop" in name and isinstance(value, float)]
+    assert names
     for name in names:
         setattr(model.config, name, 0.5)
     model = type(model)(model.config).train()  # with dropout, the functional one of attention too

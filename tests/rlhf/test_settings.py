@@ -151,6 +151,7 @@ def test_override_values(file: Path) -> None:
 def test_override_of_an_entry_with_dots(file: Path) -> None:
     config = load(file, SMALL, "ppo.rewards.rlhf.rewards:brevity=0.5", "ppo.rewards.model=2")
     assert config.ppo.rewards == {"model": 2.0, "rlhf.rewards:brevity": 0.5}
+    assert load(file, SMALL, "ppo.rewards.a:b=0.5").ppo.rewards == {"model": 1.0, "a:b": 0.5}
     config = load(file, SMALL, "ppo.rewards.a.b:c=0.5", "ppo.rewards.model=", "reward=off", "judge=off")
     assert config.ppo.rewards == {"a.b:c": 0.5}
     config = load(file, SMALL, "evaluate.scorers.gold=rlhf.demo:gold_score")

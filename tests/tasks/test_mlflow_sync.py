@@ -2,18 +2,10 @@
 
 import contextlib
 import json
-import logging
 import math
-import os
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +15,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
-from rlhf.tracker import JournalTracker
 from tasks.journal import PARENT, RunJournal
 from tasks.mlflow_server import connect, default_uri
 from tasks.mlflow_sync import BusyError, Replay, Shipped, run_url, ship, ship_pending
-from tasks.shipper import Shipper
 
 ROOT = Path(__file__).parents[2]
 
@@ -47,11 +37,11 @@ def begin(directory: Path, experiment: str = "rlhf", **more: Any) -> RunJournal:
 
 
 def write_run(directory: Path, points: int = 20, experiment: str = "rlhf") -> None:
-    """A finished run with one stage, two curves and a final figure."""
+    """A finished run with one stage, three curves and a final figure."""
     with begin(directory, experiment) as journal:
         journal.start_stage("sft", tags={"rlhf.cache": "miss"})
         for step in range(points):
-            journal.metrics("sft", {"sft/loss": 1 / (step + 1), "sft/lr": 0.1}, step)
+            journal.metrics("sft", {"sft/loss": 1 / (step + 1), "sft/lr": 0.1, "sft/grad_norm": 1.0}, step)
         journal.finals("sft", {"sft/final_loss": 0.5})
 
 
@@ -67,13 +57,6 @@ def runs_of(uri: str, run_id: str) -> dict[str, Run]:
 
 def history(uri: str, run: Run, name: str) -> list[tuple[int, float]]:
     return sorted((m.step, m.value) for m in MlflowClient(uri).get_metric_history(run.info.run_id, name))
-
-
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 # What arrives
@@ -119,7 +102,7 @@ def test_parent_and_child_arrive_with_all_that_is_known_of_them(store: str, tmp_
 
 def test_shipping_again_from_the_start_changes_nothing(store: str, tmp_path: Path) -> None:
     directory = tmp_path / "again"
-    write_run(directory, points=1100)  # 2200 points: several requests
+    write_run(directory, points=700)  # 2100 points in requests of up to 1000: the last of one step may be in the next
     assert ship(directory, store).complete
     first = runs_of(store, "again")
     (directory / "shipped.json").unlink()
@@ -129,7 +112,7 @@ def test_shipping_again_from_the_start_changes_nothing(store: str, tmp_path: Pat
     for stage in (PARENT, "sft"):
         assert second[stage].info.run_id == first[stage].info.run_id
         curve = history(store, second[stage], "sft/loss")
-        assert curve == [(step, pytest.approx(1 / (step + 1))) for step in range(1100)]
+        assert curve == [(step, pytest.approx(1 / (step + 1))) for step in range(700)]
 
 
 def test_values_that_are_no_numbers_do_not_stop_it(store: str, tmp_path: Path) -> None:
@@ -361,164 +344,3 @@ def test_pending_journals_are_shipped_later_and_the_dead_are_ended(store: str, t
     assert runs_of(store, "p2")[PARENT].info.status == "KILLED"
     assert runs_of(store, "p4") == {} == runs_of(store, "p5")
     living.close()
-
-
-# The process in the background
-
-
-def test_the_shipper_ships_while_the_run_goes_on(store: str, tmp_path: Path) -> None:
-    journal = begin(tmp_path / "live")
-    shipper = Shipper(tmp_path / "live", store)
-    journal.start_stage("sft")
-    journal.metrics("sft", {"sft/loss": 1.0}, 1)
-    until(lambda: "sft" in Shipped.read(tmp_path / "live").runs)
-    until(lambda: "sft/loss" in runs_of(store, "live")["sft"].data.metrics)
-    journal.metrics("sft", {"sft/loss": 0.5}, 2)
-    journal.end(PARENT)
-    journal.close()
-    assert shipper.close(timeout=20)
-    assert history(store, runs_of(store, "live")["sft"], "sft/loss") == [(1, 1.0), (2, 0.5)]
-    assert Shipped.read(tmp_path / "live").complete
-
-
-def test_kill_9_of_the_training_is_reported_by_the_shipper(store: str, tmp_path: Path) -> None:
-    directory = tmp_path / "dead"
-    code = (
-        "import os, sys; from pathlib import Path\n"
-        "from tasks.journal import RunJournal; from tasks.shipper import Shipper\n"
-        "directory = Path(sys.argv[1])\n"
-        "journal = RunJournal.open(directory); journal.start('demo', experiment='rlhf'); journal.start_stage('sft')\n"
-        "Shipper(directory, sys.argv[2])\n"
-        "journal.metrics('sft', {'sft/loss': 1.0}, 1); os.kill(os.getpid(), 9)\n"
-    )
-    subprocess.run([sys.executable, "-c", code, str(directory), store], cwd=ROOT, check=False)
-    until(lambda: Shipped.read(directory).complete)
-    runs = runs_of(store, "dead")
-    assert (runs[PARENT].info.status, runs["sft"].info.status) == ("KILLED", "KILLED")
-    assert history(store, runs["sft"], "sft/loss") == [(1, 1.0)]
-
-
-def test_kill_9_of_the_shipper_in_the_middle_loses_and_doubles_nothing(store: str, tmp_path: Path) -> None:
-    directory = tmp_path / "killed"
-    points = 5_000
-    with begin(directory) as journal:
-        journal.start_stage("sft")
-        for step in range(points):
-            journal.metrics("sft", {"sft/loss": float(step)}, step)
-        shipper = Shipper(directory, store)
-        until(lambda: Shipped.read(directory).offset > 50_000)
-        os.kill(shipper._process.pid, signal.SIGKILL)
-        shipper._process.wait()
-        offset = Shipped.read(directory).offset
-        assert offset < (directory / "journal.jsonl").stat().st_size  # it was in the middle
-    assert shipper.close(timeout=30)  # which starts another one
-    for run in runs_of(store, "killed").values():
-        assert history(store, run, "sft/loss") == [(step, float(step)) for step in range(points)]
-
-
-# A server that goes away
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator["Server"]:
-    server = Server(tmp_path / "server")
-    server.start()
-    yield server
-    server.kill()
-
-
-class Server:
-    """A real ``mlflow server`` on a free port."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self._folder = folder
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self._folder / 'mlflow.db'}"]
-        command += ["--artifacts-destination", str(self._folder / "artifacts")]
-        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        with (self._folder / "server.log").open("ab") as output:
-            self._process = subprocess.Popen(
-                command, env=environment, cwd=self._folder, stdout=output, stderr=output, start_new_session=True
-            )
-        until(self._answers, seconds=60)
-
-    def kill(self) -> None:
-        assert self._process is not None
-        os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-
-    def _answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
-
-
-def test_a_server_killed_and_restarted_gets_every_point_once_and_never_blocks(
-    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, logger="tasks.shipper")
-    directory = tmp_path / "runs" / "http"
-    slowest, step = 0.0, 0
-    with begin(directory) as journal:
-        journal.start_stage("sft")
-        journal.text("sft", "notes/a.txt", "hello")
-        shipper = Shipper(directory, server.uri)
-        tracker = JournalTracker(tmp_path / "metrics.jsonl", journal.listener("sft"))
-
-        def train(condition: Callable[[], bool]) -> None:
-            nonlocal slowest, step
-            deadline = time.monotonic() + 30
-            while not condition():
-                assert time.monotonic() < deadline, caplog.text
-                started = time.perf_counter()
-                tracker.log({"sft/loss": float(step), "sft/nan": math.nan}, step)
-                slowest = max(slowest, time.perf_counter() - started)
-                step += 1
-                time.sleep(0.002)
-
-        train(lambda: Shipped.read(directory).offset > 50_000)
-        server.kill()
-        train(lambda: "cannot be written to" in caplog.text)
-        killed_at = step
-        train(lambda: step > killed_at + 200)
-        server.start()
-        train(lambda: "is back" in caplog.text)
-        train(lambda: step > killed_at + 400)
-    assert shipper.close(timeout=30), (directory / "shipper.log").read_text()
-    assert slowest < 1.0
-    print(f"slowest call: {slowest * 1000:.1f} ms; {step} steps")
-    assert caplog.text.count("cannot be written to") == 1
-    runs = runs_of(server.uri, "http")
-    for run in runs.values():
-        assert history(server.uri, run, "sft/loss") == [(i, float(i)) for i in range(step)]
-        assert len(history(server.uri, run, "sft/nan")) == step
-        assert run.info.status == "FINISHED"
-    file = MlflowClient(server.uri).download_artifacts(runs["sft"].info.run_id, "notes/a.txt", str(tmp_path))
-    assert Path(file).read_text() == "hello"
-
-
-def test_without_a_server_the_run_ends_in_time_and_is_kept_for_later(
-    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        uri = f"http://127.0.0.1:{free.getsockname()[1]}"
-    with begin(tmp_path / "offline") as journal:
-        shipper = Shipper(tmp_path / "offline", uri)
-        until(lambda: "cannot be written to" in caplog.text)
-        journal.tags(PARENT, {"late": "yes"})
-    started = time.monotonic()
-    assert not shipper.close(timeout=1.0)
-    assert time.monotonic() - started < 5
-    assert ship(tmp_path / "offline", store).complete
-    assert runs_of(store, "offline")[PARENT].data.tags["late"] == "yes"

@@ -130,6 +130,50 @@ def gradients(trainer: Trainer) -> Tensor:
     return torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])
 
 
+def first_update(trainer: Trainer) -> dict[str, Any]:
+    """The first update's gradient, the numbers of its first step, and its metrics."""
+    trainer.prepare()
+    rollout = trainer.rollout(1)
+    experience = trainer.advantages(rollout, trainer.score(rollout, 1))
+    numbers = trainer.backward(experience, torch.arange(len(rollout.responses)), update=1)
+    gradient = gradients(trainer)
+    trainer.optimizer.zero_grad()
+    return {"gradient": gradient, "numbers": numbers, "metrics": trainer.step(1)}
+
+
+def new_trainer(
+    checkpoints: Path,
+    architecture: str = "gpt2",
+    lora: int = 0,
+    separate_pad: bool = True,
+    reward: Callable[..., Sequence[float]] = odd,
+    **changes: Any,
+) -> Trainer:
+    """A trainer, always with the same initial weights; ``changes`` are to its settings."""
+    policy, value = policy_model(architecture), value_model(architecture)
+    tokens = tokenizer(separate_pad)
+    reference = None if lora else CausalPolicy(policy_model(architecture).requires_grad_(False))
+    wrapped: list[Any] = [policy, value]
+    if lora:
+        torch.manual_seed(2)
+        wrapped = [add_lora(policy, lora, 8.0), add_lora(value, lora, 8.0)]
+    for model in wrapped:
+        set_dropout_zero(model)
+    return Trainer(
+        settings=settings(**changes),
+        policy=CausalPolicy(wrapped[0]),
+        value_model=ValueModel(wrapped[1]),
+        rewards=Rewards({"odd": (1.0, FunctionScorer(reward, "odd"))}),
+        prompts=Prompts(WORDS, tokens(WORDS)["input_ids"], {"id": list(range(len(WORDS)))}),
+        tokenizer=tokens,
+        accelerator=Accelerator(cpu=True),
+        tracker=Recorder(),
+        checkpoints=checkpoints,
+        seed=3,
+        reference=reference,
+    )
+
+
 @dataclass(frozen=True)
 class Tiny:
     """What the tests make their things from."""
@@ -142,6 +186,7 @@ class Tiny:
     recorder: Callable[[], Recorder] = Recorder
     weights: Callable[[Trainer], dict[str, Tensor]] = weights
     gradients: Callable[[Trainer], Tensor] = gradients
+    first_update: Callable[[Trainer], dict[str, Any]] = first_update
     words: tuple[str, ...] = tuple(WORDS)
 
 
@@ -153,37 +198,9 @@ def tiny() -> Tiny:
 
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
-    """A function that makes a trainer, always with the same initial weights."""
+    """``new_trainer``, with checkpoints below the test's folder unless told otherwise."""
 
-    def make(
-        architecture: str = "gpt2",
-        lora: int = 0,
-        separate_pad: bool = True,
-        reward: Callable[..., Sequence[float]] = odd,
-        checkpoints: Path | None = None,
-        **changes: Any,
-    ) -> Trainer:
-        policy, value = policy_model(architecture), value_model(architecture)
-        tokens = tokenizer(separate_pad)
-        reference = None if lora else CausalPolicy(policy_model(architecture).requires_grad_(False))
-        wrapped: list[Any] = [policy, value]
-        if lora:
-            torch.manual_seed(2)
-            wrapped = [add_lora(policy, lora, 8.0), add_lora(value, lora, 8.0)]
-        for model in wrapped:
-            set_dropout_zero(model)
-        return Trainer(
-            settings=settings(**changes),
-            policy=CausalPolicy(wrapped[0]),
-            value_model=ValueModel(wrapped[1]),
-            rewards=Rewards({"odd": (1.0, FunctionScorer(reward, "odd"))}),
-            prompts=Prompts(WORDS, tokens(WORDS)["input_ids"], {"id": list(range(len(WORDS)))}),
-            tokenizer=tokens,
-            accelerator=Accelerator(cpu=True),
-            tracker=Recorder(),
-            checkpoints=checkpoints or tmp_path / "checkpoints",
-            seed=3,
-            reference=reference,
-        )
+    def make(*arguments: Any, checkpoints: Path | None = None, **changes: Any) -> Trainer:
+        return new_trainer(checkpoints or tmp_path / "checkpoints", *arguments, **changes)
 
     return make

@@ -1,4 +1,4 @@
-"""The stage on a toy pipeline's inputs: what it writes, that it loads back, that a kill changes nothing, what it refuses."""
+"""The stage on a toy pipeline's inputs: what it writes and refuses, and that a kill changes nothing."""
 
 from __future__ import annotations
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from rlhf import checkpoints
 from rlhf.errors import ConfigError, RewardError, TrainingError
@@ -158,6 +160,28 @@ def test_lora_leaves_the_base_alone_and_refers_to_it(architecture: str, make_tra
         trainer.score(rollout, 9).ref_logprobs, full.score(rollout, 9).ref_logprobs, rtol=0, atol=0
     )
     assert trainer.step(9)["ppo/kl"] != 0.0
+
+
+@pytest.fixture
+def low_precision() -> Iterator[Accelerator]:
+    """bf16 autocast. accelerate keeps one state per process, so that it is taken away before and after."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(cpu=True, mixed_precision="bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_the_first_step_starts_at_ratio_one_in_low_precision_too(
+    lora: int, make_trainer: MakeTrainer, low_precision: Accelerator
+) -> None:
+    trainer = make_trainer(lora=lora, epochs=1)
+    trainer.accelerator = low_precision
+    trainer.prepare()
+    metrics = trainer.step(1)
+    assert abs(metrics["ppo/ratio_max"] - 1.0) < 1e-5
+    assert metrics["ppo/kl"] == pytest.approx(0.0, abs=1e-5)  # taken alike for the policy and its reference
+    assert {p.dtype for p in trainer.parameters} == {torch.float32}
+    assert trainer.step(2)["ppo/kl"] != 0.0
 
 
 def test_a_reference_stays_as_it_is(make_trainer: MakeTrainer) -> None:

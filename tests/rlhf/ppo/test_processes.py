@@ -1,0 +1,46 @@
+"""Two processes compute what one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf import checkpoints
+
+SCRIPT = Path(__file__).with_name("one_of_two.py")
+OF_ONE_PROCESS = ("ppo/seconds", "ppo/tokens_per_second", "ppo/peak_memory_bytes")
+CHANGES = {"whiten_rewards": True, "micro_batch_tokens": 40}  # the two have different numbers of micro-batches
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(tmp_path: Path, tiny: Any, make_trainer: Callable[..., Any]) -> None:
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
+    shared |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(SCRIPT), str(tmp_path / "two"), str(tmp_path / "result.pt"), json.dumps(CHANGES)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    one = tiny.first_update(make_trainer(**CHANGES))
+    errors = [process.communicate(timeout=200)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    two = torch.load(tmp_path / "result.pt", weights_only=True)
+
+    assert ((two["gradient"] - one["gradient"]).norm() / one["gradient"].norm()).item() < 1e-5
+    assert two["numbers"] == pytest.approx(one["numbers"], rel=1e-5, abs=1e-6)
+    for name, value in one["metrics"].items():
+        if not name.startswith(OF_ONE_PROCESS):
+            assert two["metrics"][name] == pytest.approx(value, rel=1e-3, abs=1e-5), name
+    assert checkpoints.latest(tmp_path / "two") is not None

@@ -1,0 +1,231 @@
+"""Shipping in the background: what is killed, or goes away and comes back, loses and doubles nothing."""
+
+import logging
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from rlhf.tracker import JournalTracker
+from tasks.journal import PARENT, RunJournal
+from tasks.mlflow_server import connect, default_uri
+from tasks.mlflow_sync import Shipped, ship
+from tasks.shipper import Shipper
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A SQLite store for all tests of this file: making its tables takes 2 s."""
+    uri = default_uri(tmp_path_factory.mktemp("store"))
+    connect(uri)
+    return uri
+
+
+def begin(directory: Path) -> RunJournal:
+    journal = RunJournal.open(directory)
+    journal.start("demo", experiment="rlhf")
+    return journal
+
+
+def runs_of(uri: str, run_id: str) -> dict[str, Run]:
+    """MLflow runs by stage; fails when there are two of one."""
+    client = MlflowClient(uri)
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = client.search_runs(experiments, f"tags.`rlhf.run_id` = '{run_id}'")
+    stages = Counter(run.data.tags["rlhf.stage"] for run in found)
+    assert set(stages.values()) <= {1}, stages
+    return {run.data.tags["rlhf.stage"]: run for run in found}
+
+
+def history(uri: str, run: Run, name: str) -> list[tuple[int, float]]:
+    return sorted((m.step, m.value) for m in MlflowClient(uri).get_metric_history(run.info.run_id, name))
+
+
+def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+# The process in the background
+
+
+def test_the_shipper_ships_while_the_run_goes_on(store: str, tmp_path: Path) -> None:
+    journal = begin(tmp_path / "live")
+    shipper = Shipper(tmp_path / "live", store)
+    journal.start_stage("sft")
+    journal.metrics("sft", {"sft/loss": 1.0}, 1)
+    until(lambda: "sft" in Shipped.read(tmp_path / "live").runs)
+    until(lambda: "sft/loss" in runs_of(store, "live")["sft"].data.metrics)
+    journal.metrics("sft", {"sft/loss": 0.5}, 2)
+    journal.end(PARENT)
+    journal.close()
+    assert shipper.close(timeout=60)
+    assert history(store, runs_of(store, "live")["sft"], "sft/loss") == [(1, 1.0), (2, 0.5)]
+    assert Shipped.read(tmp_path / "live").complete
+
+
+def test_the_shipper_also_ships_what_an_earlier_run_has_left(store: str, tmp_path: Path) -> None:
+    with begin(tmp_path / "left") as journal:
+        journal.start_stage("sft")
+        journal.metrics("sft", {"sft/loss": 1.0}, 1)
+    with begin(tmp_path / "next"):
+        shipper = Shipper(tmp_path / "next", store)
+    assert shipper.close(timeout=60)
+    assert Shipped.read(tmp_path / "left").complete
+    assert history(store, runs_of(store, "left")["sft"], "sft/loss") == [(1, 1.0)]
+
+
+def test_kill_9_of_the_training_is_reported_by_the_shipper(store: str, tmp_path: Path) -> None:
+    directory = tmp_path / "dead"
+    code = (
+        "import os, sys; from pathlib import Path\n"
+        "from tasks.journal import RunJournal; from tasks.shipper import Shipper\n"
+        "directory = Path(sys.argv[1])\n"
+        "journal = RunJournal.open(directory); journal.start('demo', experiment='rlhf'); journal.start_stage('sft')\n"
+        "Shipper(directory, sys.argv[2])\n"
+        "journal.metrics('sft', {'sft/loss': 1.0}, 1); os.kill(os.getpid(), 9)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(directory), store], cwd=ROOT, check=False)
+    until(lambda: Shipped.read(directory).complete)
+    runs = runs_of(store, "dead")
+    assert (runs[PARENT].info.status, runs["sft"].info.status) == ("KILLED", "KILLED")
+    assert history(store, runs["sft"], "sft/loss") == [(1, 1.0)]
+
+
+def test_kill_9_of_the_shipper_in_the_middle_loses_and_doubles_nothing(store: str, tmp_path: Path) -> None:
+    directory = tmp_path / "killed"
+    points = 2_500
+    with begin(directory) as journal:
+        journal.start_stage("sft")
+        for step in range(points):
+            journal.metrics("sft", {"sft/loss": float(step)}, step)
+        shipper = Shipper(directory, store)
+        until(lambda: Shipped.read(directory).offset > 20_000)
+        os.kill(shipper._process.pid, signal.SIGKILL)
+        shipper._process.wait()
+        offset = Shipped.read(directory).offset
+        assert offset < (directory / "journal.jsonl").stat().st_size  # it was in the middle
+    assert shipper.close(timeout=60)  # which starts another one
+    for run in runs_of(store, "killed").values():
+        assert history(store, run, "sft/loss") == [(step, float(step)) for step in range(points)]
+
+
+# A server that goes away
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator["Server"]:
+    server = Server(tmp_path / "server")
+    server.start()
+    yield server
+    server.kill()
+
+
+class Server:
+    """A real ``mlflow server`` on a free port."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self._folder / 'mlflow.db'}"]
+        command += ["--artifacts-destination", str(self._folder / "artifacts")]
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with (self._folder / "server.log").open("ab") as output:
+            self._process = subprocess.Popen(
+                command, env=environment, cwd=self._folder, stdout=output, stderr=output, start_new_session=True
+            )
+        until(self._answers)
+
+    def kill(self) -> None:
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.uri}/health", timeout=1) as answer:
+                return bool(answer.status == 200)
+        except OSError:
+            return False
+
+
+def test_a_server_killed_and_restarted_gets_every_point_once_and_never_blocks(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="tasks.shipper")
+    directory = tmp_path / "runs" / "http"
+    slowest, step = 0.0, 0
+    with begin(directory) as journal:
+        journal.start_stage("sft")
+        journal.text("sft", "notes/a.txt", "hello")
+        shipper = Shipper(directory, server.uri)
+        tracker = JournalTracker(tmp_path / "metrics.jsonl", journal.listener("sft"))
+
+        def train(condition: Callable[[], bool]) -> None:
+            nonlocal slowest, step
+            deadline = time.monotonic() + 60
+            while not condition():
+                assert time.monotonic() < deadline, caplog.text
+                started = time.perf_counter()
+                tracker.log({"sft/loss": float(step), "sft/nan": math.nan}, step)
+                slowest = max(slowest, time.perf_counter() - started)
+                step += 1
+                time.sleep(0.005)
+
+        train(lambda: Shipped.read(directory).offset > 20_000)
+        server.kill()
+        train(lambda: "cannot be written to" in caplog.text)
+        killed_at = step
+        server.start()
+        train(lambda: "is back" in caplog.text)
+        train(lambda: step > killed_at + 400)
+    assert shipper.close(timeout=60), (directory / "shipper.log").read_text()
+    assert slowest < 1.0
+    assert caplog.text.count("cannot be written to") == 1
+    runs = runs_of(server.uri, "http")
+    for run in runs.values():
+        assert history(server.uri, run, "sft/loss") == [(i, float(i)) for i in range(step)]
+        assert len(history(server.uri, run, "sft/nan")) == step
+        assert run.info.status == "FINISHED"
+    file = MlflowClient(server.uri).download_artifacts(runs["sft"].info.run_id, "notes/a.txt", str(tmp_path))
+    assert Path(file).read_text() == "hello"
+
+
+def test_without_a_server_the_run_ends_in_time_and_is_kept_for_later(
+    store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        uri = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with begin(tmp_path / "offline") as journal:
+        shipper = Shipper(tmp_path / "offline", uri)
+        until(lambda: "cannot be written to" in caplog.text)
+        journal.tags(PARENT, {"late": "yes"})
+    started = time.monotonic()
+    assert not shipper.close(timeout=1.0)
+    assert time.monotonic() - started < 5
+    assert ship(tmp_path / "offline", store).complete
+    assert runs_of(store, "offline")[PARENT].data.tags["late"] == "yes"
