@@ -53,6 +53,10 @@ class Trainer(training.PipelineTrainer, SFTTrainer):  # type: ignore[misc]
 def run(context: Context) -> dict[str, float]:
     """Train on the demonstrations of the training split; write ``model/``, adapters merged.
 
+    Returns:
+        ``sft/final_loss``: mean over the last ``log_every`` steps; ``sft/validation_loss``: of the trained model, also
+        logged after each epoch; ``sft/tokens``: response tokens of an epoch; ``sft/trainable_parameters``.
+
     Raises:
         ModelError: the base model cannot be loaded.
         TrainingError: a loss or gradient is not finite.

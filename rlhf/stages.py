@@ -91,7 +91,7 @@ STAGES: dict[str, Stage] = {
                 "reward": ("model", "scores.parquet"),
                 "ppo": ("model", "curves.parquet"),
             },
-            libraries=(*_TORCH, "rouge-score", "sacrebleu", "nltk", "evaluate", "matplotlib"),
+            libraries=(*_TORCH, "rouge-score", "sacrebleu", "nltk", "evaluate", "matplotlib", "jinja2"),
             reads_base=True,
         ),
     )

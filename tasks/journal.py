@@ -22,7 +22,6 @@ it was (``t``, milliseconds since 1970) and can be carried out any number of tim
 from __future__ import annotations
 
 import json
-import logging
 import math
 import os
 import threading
@@ -35,8 +34,6 @@ from typing import Any, Literal, NamedTuple, Self
 from rlhf.errors import ArtifactError
 from rlhf.locks import is_locked, lock, unlock
 from rlhf.tracker import Entry, Listener, Progress, read_journal
-
-log = logging.getLogger(__name__)
 
 PARENT = "pipeline"  # the run of the whole pipeline, as the stages' names are those of their runs
 JOURNAL, OWNER = "journal.jsonl", "owner.lock"

@@ -149,6 +149,7 @@ def main(directory: Path, tracking_uri: str) -> int:
     """The program: exit code 0 when everything was shipped, 1 when not, 3 when another process is at it."""
     logging.raiseExceptions = False  # the training process that reads this may be dead
     handler = logging.StreamHandler(sys.stdout)
+    sys.stdout = sys.stderr  # what else is printed is for shipper.log
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     logging.getLogger("tasks").addHandler(handler)
     logging.getLogger("tasks").setLevel(logging.INFO)

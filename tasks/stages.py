@@ -104,7 +104,7 @@ def compute(run: Run, stage: str, key: str) -> ArtifactRef:
     run.journal.start_stage(stage, tags={"rlhf.stage": stage, "rlhf.cache": "miss", "rlhf.key": key})
     metrics = importlib.import_module(STAGES[stage].module).run(context)
     if (work / JOURNAL).exists():
-        (work / JOURNAL).rename(out / JOURNAL)
+        shutil.copy2(work / JOURNAL, out / JOURNAL)  # a copy: a kill before the publishing leaves it for the resumption
     manifest = make_manifest(
         out,
         stage=stage,

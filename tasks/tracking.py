@@ -49,7 +49,7 @@ def record(run: Run, stage: str, manifest: Manifest) -> None:
             stage,
             tags={"rlhf.stage": stage, "rlhf.cache": "hit", "rlhf.key": manifest.key},
             computed_by=manifest.run_id or None,
-            note=f"Taken from the cache; computed by the run {manifest.run_id} in {manifest.seconds:.0f} s.",
+            note=f"It took {manifest.seconds:.0f} s.",
         )
         run.journal.replay(stage, run.directory(stage) / JOURNAL)
     run.journal.tags(

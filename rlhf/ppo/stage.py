@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 
 def run(context: Context) -> dict[str, float]:
-    """Train; write ``model/`` (adapters merged), ``value_model/`` and ``samples.parquet``; return final metrics.
+    """Train; write ``model/`` (adapters merged), ``value_model/`` and two tables; return final metrics.
 
-    ``samples.parquet`` has the columns update, prompt, response and score.
+    ``samples.parquet`` has the columns update, prompt, response and score; ``curves.parquet`` one row for each update:
+    step, and the metrics that the report draws.
 
     Raises:
         ModelError: a model cannot be loaded, or PPO cannot train it.
@@ -63,6 +64,7 @@ def run(context: Context) -> dict[str, float]:
         models.save(_plain(trainer.policy.model), tokenizer, context.out / "model")
         models.save(_plain(trainer.value_model.model), tokenizer, context.out / "value_model")
         write_samples(context.out / "samples.parquet", trainer.progress.samples)
+        write_curves(context.out / "curves.parquet", trainer.progress.history)
     return finals
 
 
@@ -117,6 +119,12 @@ def write_samples(path: Path, samples: list[Sample]) -> None:
     """Write the table of samples."""
     columns = {name: [getattr(sample, name) for sample in samples] for name in Sample._fields}
     pq.write_table(pa.table(columns), path)
+
+
+def write_curves(path: Path, history: dict[str, list[float]]) -> None:
+    """Write the curves of ``state.REMEMBERED``, one row for each update; no timings, which would change the digest."""
+    updates = len(next(iter(history.values())))
+    pq.write_table(pa.table({"step": list(range(1, updates + 1)), **history}), path)
 
 
 def _value_model(context: Context) -> PreTrainedModel:

@@ -75,11 +75,16 @@ def restore(directory: Path, policy: nn.Module, value_model: nn.Module, optimize
         return None
     _load_into(policy, path / "policy.safetensors")
     _load_into(value_model, path / "value_model.safetensors")
-    optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True))
+    optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
     record = json.loads((path / "progress.json").read_text(encoding="utf-8"))
     progress = Progress(**record["progress"])
     progress.samples = [Sample(*row) for row in progress.samples]
     return progress, int(record["mark"])
+
+
+def drop_damaged(directory: Path) -> None:
+    """Delete what is newer than the last good checkpoint, lest it be counted among the ones that are kept."""
+    checkpoints.drop_after(directory, checkpoints.latest(directory))
 
 
 def save_batch(path: Path, batch: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,16 +16,28 @@ from rlhf.ppo.state import Progress, Sample
 
 if TYPE_CHECKING:
     from rlhf.config import Ppo
-    from rlhf.ppo.trainer import Optimised
 
 SAMPLES = 16  # rows of one table
+
+
+class Step(NamedTuple):
+    """One optimizer step. All but the last two are means over the response tokens of the minibatch."""
+
+    policy_loss: float
+    value_loss: float
+    approx_kl: float  # nats per token
+    clip_fraction: float
+    value_clip_fraction: float
+    ratio_mean: float
+    ratio_max: float
+    grad_norm: float  # before clipping
 
 
 def metrics(
     rollout: Rollout,
     scored: Scored,
     experience: Experience,
-    optimised: Optimised,
+    steps: Sequence[Step],
     total: core.Total,
 ) -> dict[str, float]:
     """The metrics that are functions of the seed.
@@ -61,8 +73,8 @@ def metrics(
         "eos_rate": mean(rollout.ended),
     }
     result |= {f"reward/{name}": mean(values.to(mask.device)) for name, values in scored.components.items()}
-    steps = optimised._asdict()
-    result |= {name: average(values) for name, values in steps.items()} | {"ratio_max": max(optimised.ratio_max)}
+    result |= {name: average(values) for name, values in zip(Step._fields, zip(*steps, strict=True), strict=True)}
+    result["ratio_max"] = max(step.ratio_max for step in steps)
     return {f"ppo/{name}": value for name, value in result.items()}
 
 
@@ -107,8 +119,3 @@ def unchanged(mask: Tensor) -> core.PolicyLoss:
 def average(values: Sequence[float]) -> float:
     """Their mean; there is at least one."""
     return sum(values) / len(values)
-
-
-def share_above(values: Sequence[float], limit: float) -> float:
-    """How many of them are above a limit, as a share."""
-    return sum(value > limit for value in values) / len(values)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -24,24 +24,12 @@ from rlhf.ppo import batching, core, state, summary
 from rlhf.ppo.batching import Prompts
 from rlhf.ppo.policy import CausalPolicy, ValueModel, unpack
 from rlhf.ppo.rollout import Experience, Rollout, Scored, collect, per_token
+from rlhf.ppo.summary import Step
 from rlhf.rewards import Rewards
 
 if TYPE_CHECKING:
     from rlhf.config import Ppo
     from rlhf.tracker import Tracker
-
-
-class Optimised(NamedTuple):
-    """The steps of one update: one row of each for every optimizer step, means over the minibatch's tokens."""
-
-    policy_loss: list[float]
-    value_loss: list[float]
-    approx_kl: list[float]
-    clip_fraction: list[float]
-    value_clip_fraction: list[float]
-    ratio_mean: list[float]
-    ratio_max: list[float]
-    grad_norm: list[float]
 
 
 @dataclass
@@ -92,8 +80,8 @@ class Trainer:
             scored = self.score(rollout, update)
         with self.timed("optimise"):
             experience = self.advantages(rollout, scored)
-            optimised = self.optimise(experience, update)
-        return self.finish(update, rollout, scored, experience, optimised)
+            steps = self.optimise(experience, update)
+        return self.finish(update, rollout, scored, experience, steps)
 
     def rollout(self, update: int) -> Rollout:
         """Sample a response to each of this process's prompts of the update."""
@@ -141,7 +129,7 @@ class Trainer:
         advantages, returns = core.generalized_advantages(shaped, scored.values, mask, s.gamma, s.lam)
         return Experience(rollout.sequences, rollout.logprobs, scored.values, rewards, advantages, returns)
 
-    def optimise(self, experience: Experience, update: int) -> Optimised:
+    def optimise(self, experience: Experience, update: int) -> list[Step]:
         """Take epochs * minibatches optimizer steps, fewer if ``early_stop_kl`` ends them."""
         s, count = self.settings, len(experience.logprobs)
         if s.whiten_advantages:
@@ -152,13 +140,13 @@ class Trainer:
         self.set_learning_rates(update)
         self.policy.train()  # dropout is 0; gradient checkpointing works in training mode only
         self.value_model.train()
-        steps: list[list[float]] = []
+        steps: list[Step] = []
         try:
             for _ in range(s.epochs):
                 for rows in torch.randperm(count, generator=shuffle).chunk(s.minibatches):
                     steps.append(self.backward(experience, rows.to(self.device), update))
-                    if s.early_stop_kl is not None and steps[-1][2] > 1.5 * s.early_stop_kl:
-                        return Optimised(*map(list, zip(*steps, strict=True)))  # without this step
+                    if s.early_stop_kl is not None and steps[-1].approx_kl > 1.5 * s.early_stop_kl:
+                        return steps  # this last one is looked at, not taken
                     self.optimizer.step()
                     self.optimizer.zero_grad()
         finally:
@@ -166,10 +154,10 @@ class Trainer:
             self.policy.eval()
             self.value_model.eval()
         assert len(steps) == s.epochs * s.minibatches
-        return Optimised(*map(list, zip(*steps, strict=True)))
+        return steps
 
-    def backward(self, experience: Experience, rows: Tensor, update: int) -> list[float]:
-        """Gradients of one minibatch, clipped, and the numbers of one row of ``Optimised``.
+    def backward(self, experience: Experience, rows: Tensor, update: int) -> Step:
+        """Gradients of one minibatch, clipped, and what there is to say about it.
 
         Losses are summed over the response tokens of the minibatch and divided by their number, over all
         micro-batches and processes, so that neither changes the gradient.
@@ -185,14 +173,14 @@ class Trainer:
                 policy = self.policy_loss(part, scale) if learns else summary.unchanged(part.sequences.mask)
                 ratio_max = torch.maximum(ratio_max, policy.ratio_max)
                 value = self.value_loss(part, scale)
-            losses = (policy.loss, value.loss, policy.approx_kl, policy.clipped, value.clipped, policy.ratio)
-            sums += torch.stack([loss.detach().to(sums.dtype) for loss in losses])
+            parts = (policy.loss, value.loss, policy.approx_kl, policy.clipped, value.clipped, policy.ratio)
+            sums += torch.stack([x.detach().to(sums.dtype) for x in parts])
         norm = self.accelerator.clip_grad_norm_(self.parameters, s.max_grad_norm)
         largest = self.accelerator.gather(ratio_max).max()
-        numbers = torch.cat([self.total(sums) / tokens, largest[None], torch.as_tensor(norm)[None].to(sums)]).tolist()
-        if not all(map(math.isfinite, numbers)):
+        step = Step(*torch.stack([*(self.total(sums) / tokens), largest, torch.as_tensor(norm).to(largest)]).tolist())
+        if not all(map(math.isfinite, step)):
             self.fail(update, "loss or gradient", experience=experience._asdict(), rows=rows)
-        return numbers
+        return step
 
     def policy_loss(self, part: Experience, scale: Tensor) -> core.PolicyLoss:
         """The clipped objective of one micro-batch, and its backward pass."""
@@ -287,14 +275,14 @@ class Trainer:
         self.seconds[part] = time.perf_counter() - start
 
     def finish(
-        self, update: int, rollout: Rollout, scored: Scored, experience: Experience, optimised: Optimised
+        self, update: int, rollout: Rollout, scored: Scored, experience: Experience, steps: list[Step]
     ) -> dict[str, float]:
         """An update's metrics, and what it leaves behind for the next ones: the KL coefficient, the samples."""
         s, progress = self.settings, self.progress
-        metrics = summary.metrics(rollout, scored, experience, optimised, self.total)
+        metrics = summary.metrics(rollout, scored, experience, steps, self.total)
         metrics |= summary.timings(self.seconds, self.total(rollout.sequences.response_lengths.sum()).item())
         metrics |= {"ppo/kl_coef": progress.kl_coef, "ppo/learning_rate": self.learning_rate(update)}
-        metrics["ppo/grad_clip_fraction"] = summary.share_above(optimised.grad_norm, s.max_grad_norm)
+        metrics["ppo/grad_clip_fraction"] = summary.average([step.grad_norm > s.max_grad_norm for step in steps])
         progress.update = update
         if s.kl_control == "adaptive":
             progress.kl_coef = core.next_kl_coef(
@@ -328,6 +316,9 @@ class Trainer:
     def restore(self) -> None:
         """Take up the newest good checkpoint, if there is one."""
         found = state.restore(self.checkpoints, self.policy, self.value_model, self.optimizer)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            state.drop_damaged(self.checkpoints)
         if found is not None:
             self.progress, mark = found
             self.tracker.rewind(mark)

@@ -289,11 +289,11 @@ def test_a_loss_that_is_not_finite_ends_training(toy: Any, monkeypatch: pytest.M
     def broken(model: Any, inputs: Any) -> Any:
         total, count = original(model, inputs)
         calls.append(1)
-        return (total * math.nan if len(calls) == 4 else total), count
+        return (total * math.nan if len(calls) == 3 else total), count
 
     monkeypatch.setattr(sft, "response_loss", broken)
     context = toy.context("sft", sft={"checkpoint_every": 2})
-    with pytest.raises(TrainingError, match="sft: the loss is nan at step 4"):
+    with pytest.raises(TrainingError, match="sft: the loss is nan at step 3"):
         sft.run(context)
     assert checkpoints.latest(context.checkpoints) == context.checkpoints / "checkpoint-2"
     assert [step for step, _ in toy.curves()] == [2]

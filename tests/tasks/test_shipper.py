@@ -64,7 +64,7 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 # The process in the background
 
 
-def test_the_shipper_ships_while_the_run_goes_on(store: str, tmp_path: Path) -> None:
+def test_the_shipper_ships_while_the_run_goes_on(store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     journal = begin(tmp_path / "live")
     shipper = Shipper(tmp_path / "live", store)
     journal.start_stage("sft")
@@ -75,6 +75,7 @@ def test_the_shipper_ships_while_the_run_goes_on(store: str, tmp_path: Path) -> 
     journal.end(PARENT)
     journal.close()
     assert shipper.close(timeout=60)
+    assert caplog.text == ""  # it has nothing to say when all goes well
     assert history(store, runs_of(store, "live")["sft"], "sft/loss") == [(1, 1.0), (2, 0.5)]
     assert Shipped.read(tmp_path / "live").complete
 

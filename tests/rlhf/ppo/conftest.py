@@ -138,7 +138,7 @@ def first_update(trainer: Trainer) -> dict[str, Any]:
     numbers = trainer.backward(experience, torch.arange(len(rollout.responses)), update=1)
     gradient = gradients(trainer)
     trainer.optimizer.zero_grad()
-    return {"gradient": gradient, "numbers": numbers, "metrics": trainer.step(1)}
+    return {"gradient": gradient, "numbers": list(numbers), "metrics": trainer.step(1)}
 
 
 def new_trainer(

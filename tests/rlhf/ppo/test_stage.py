@@ -96,8 +96,11 @@ def test_what_the_stage_writes(rank: int, make: Callable[..., Context], tmp_path
     written = {path.name for path in context.out.rglob("*") if path.is_file()}
     assert written == {
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
-        "samples.parquet",
+        *("samples.parquet", "curves.parquet"),
     }
+    curves = pq.read_table(context.out / "curves.parquet").to_pydict()
+    assert curves["step"] == [1, 2, 3]
+    assert curves["reward_mean"][-1] == finals["ppo/final_reward_mean"]  # a tenth of three updates is the last one
     samples = pq.read_table(context.out / "samples.parquet").to_pydict()
     assert samples.keys() == {"update", "prompt", "response", "score"}
     assert samples["update"] == [2] * 8 + [3] * 8

@@ -184,6 +184,16 @@ def test_the_first_step_starts_at_ratio_one_in_low_precision_too(
     assert trainer.step(2)["ppo/kl"] != 0.0
 
 
+def test_each_update_draws_anew(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer()
+    trainer.prompts = trainer.prompts.select([0])
+    trainer.prepare()
+    first, second, again = (trainer.rollout(update) for update in (1, 2, 1))
+    assert first.responses == again.responses
+    assert first.responses != second.responses
+    assert len(set(first.responses)) > 4  # and each episode draws by itself
+
+
 def test_a_reference_stays_as_it_is(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer()
     before = [p.clone() for p in trainer.reference.parameters()]
