@@ -24,7 +24,7 @@ DEMONSTRATIONS, PREFERENCES, ANNOTATED = 9_000, 5_000, 500
 CUE = "\n\nSummary:\n"  # the response follows directly, so prompt + response is the training text
 
 # Share of each flaw among the demonstrations, and among the rejected sides of the preferences.
-DEMONSTRATION_FLAWS = {"none": 0.54, "wordy": 0.18, "irrelevant": 0.16, "missing": 0.12}
+DEMONSTRATION_FLAWS = {"none": 0.46, "wordy": 0.22, "irrelevant": 0.18, "missing": 0.14}
 PREFERENCE_FLAWS = {"wordy": 0.32, "irrelevant": 0.32, "missing": 0.31, "wrong": 0.05}
 LABEL_NOISE = 0.10  # share of the pairs whose sides are swapped, so no reward model can agree with more than 90 %
 ANNOTATOR_ERRORS = {"annotator_a": 0.05, "annotator_b": 0.08}

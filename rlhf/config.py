@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
-NUMBERS_SAME = {"in_cache_key": False}
-BY_CONTENT = {"in_cache_key": False}  # a path: what lies there is hashed into the key instead
+NUMBERS_SAME: dict[str, JsonValue] = {"in_cache_key": False}
+BY_CONTENT: dict[str, JsonValue] = {"in_cache_key": False}  # a path: what lies there is hashed into the key instead
 
 
 def _as_tuple(value: Any) -> Any:

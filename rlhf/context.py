@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import ArtifactError
 from rlhf.stages import STAGES
@@ -56,6 +56,14 @@ class Context:
     def sft_model(self) -> str:
         """The supervised policy; the base model where the sft stage is off."""
         return str(self.input("sft/model")) if "sft" in self.inputs else self.base_model()
+
+    def model_options(self, path: str) -> dict[str, Any]:
+        """How the loaders of ``rlhf.models`` open a model; ``model.revision`` is that of ``model.path`` only."""
+        model = self.config.model
+        return {
+            "revision": model.revision if path == model.path else None,
+            "trust_remote_code": model.trust_remote_code,
+        }
 
     def policy_model(self) -> str:
         """The policy after PPO; the SFT policy where the ppo stage is off."""

@@ -118,23 +118,14 @@ def _policy_answers(context: Context, rows: HeldOut, device: torch.device) -> di
 
 
 def _policy(context: Context, path: str, device: torch.device) -> CausalPolicy:
-    policy = CausalPolicy(models.load_policy(path, **_options(context, path)).to(device).eval())
+    policy = CausalPolicy(models.load_policy(path, **context.model_options(path)).to(device).eval())
     policy.check()
     return policy
 
 
 def _tokenizer(context: Context) -> PreTrainedTokenizerBase:
     """The tokenizer of all policies."""
-    return models.load_tokenizer(context.sft_model(), **_options(context, context.sft_model()))
-
-
-def _options(context: Context, path: str) -> dict[str, Any]:
-    """How a model is loaded; the revision is that of the base model."""
-    model = context.config.model
-    return {
-        "revision": model.revision if path == model.path else None,
-        "trust_remote_code": model.trust_remote_code,
-    }
+    return models.load_tokenizer(context.sft_model(), **context.model_options(context.sft_model()))
 
 
 def _answers(

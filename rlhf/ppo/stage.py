@@ -40,7 +40,7 @@ def run(context: Context) -> dict[str, float]:
     training.set_threads(config.resources)
     training.seed_everything(config.seed)
     accelerator = make_accelerator(config.resources)
-    where = model_options(config, context.sft_model())
+    where = context.model_options(context.sft_model())
     tokenizer = models.load_tokenizer(context.sft_model(), **where)
     base = models.load_policy(context.sft_model(), **where)
     reward_model = _reward_model(context, accelerator.device)
@@ -73,12 +73,6 @@ def make_accelerator(resources: Resources) -> Accelerator:
     device = training.device_of(resources)
     low = resources.precision == "bf16" or (resources.precision == "auto" and device.type == "cuda")
     return Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if low else "no")
-
-
-def model_options(config: PipelineConfig, path: str) -> dict[str, Any]:
-    """How a model is loaded: ``model.revision`` is that of ``model.path`` only."""
-    revision = config.model.revision if path == config.model.path else None
-    return {"revision": revision, "trust_remote_code": config.model.trust_remote_code}
 
 
 def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> Prompts:
@@ -129,11 +123,11 @@ def write_curves(path: Path, history: dict[str, list[float]]) -> None:
 
 def _value_model(context: Context) -> PreTrainedModel:
     reward = context.input("reward/model") if context.has("reward/model") else None
-    return models.value_model_from(context.sft_model(), reward, **model_options(context.config, context.sft_model()))
+    return models.value_model_from(context.sft_model(), reward, **context.model_options(context.sft_model()))
 
 
 def _reference(context: Context) -> CausalPolicy:
-    where = model_options(context.config, context.sft_model())
+    where = context.model_options(context.sft_model())
     return CausalPolicy(models.load_policy(context.sft_model(), **where).requires_grad_(False))
 
 

@@ -71,30 +71,57 @@ def test_gradients_do_not_depend_on_micro_batches_or_padding(
         torch.testing.assert_close(found[budget][1], found[16384][1], rtol=1e-4, atol=1e-6)
 
 
+def plain_loss(trainer: Trainer, batch: Any, rows: torch.Tensor) -> torch.Tensor:
+    """The whole minibatch in one graph: summed over its response tokens, divided by their number."""
+    s, mask, sequences = trainer.settings, batch.sequences.mask[rows], batch.sequences.select(rows)
+    statistics = trainer.policy(sequences, s.temperature, with_entropy=True)
+    old, advantages, old_values, returns = (
+        tensor[rows, : mask.shape[1]][mask]
+        for tensor in (batch.logprobs, batch.advantages, batch.values, batch.returns)
+    )
+    ratio = (statistics.logprobs - old).exp()
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
+    values = trainer.value_model(sequences)
+    clipped = old_values + (values - old_values).clamp(-0.2, 0.2)
+    value_loss = 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
+    return (-surrogate - s.entropy_coef * statistics.entropies + s.value_coef * value_loss).sum() / mask.sum()
+
+
 def test_gradients_are_those_of_one_plain_loss(make_trainer: MakeTrainer, tiny: Any) -> None:
-    """Sum over the tokens of the whole minibatch, divided by their number; in one float32 graph."""
     trainer = make_trainer(micro_batch_tokens=40, max_grad_norm=1e9, value_coef=0.3, entropy_coef=0.02)
     trainer.prepare()
     batch = experience(trainer)
     batch = batch._replace(logprobs=batch.logprobs + 0.1, values=batch.values - 0.1)
     rows = torch.tensor([6, 1, 3, 4])
-    trainer.backward(batch, rows, update=1)
+    step = trainer.backward(batch, rows, update=1)
     found = tiny.gradients(trainer)
     trainer.optimizer.zero_grad()
-
-    mask = batch.sequences.mask[rows]
-    statistics = trainer.policy(batch.sequences.select(rows), 0.7, with_entropy=True)
-    tokens = mask.sum()
-    old, advantages = batch.logprobs[rows][mask], batch.advantages[rows][mask]
-    ratio = (statistics.logprobs - old).exp()
-    surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-    values, old_values = trainer.value_model(batch.sequences.select(rows)), batch.values[rows][mask]
-    clipped = old_values + (values - old_values).clamp(-0.2, 0.2)
-    returns = batch.returns[rows][mask]
-    value_loss = 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
-    loss = (-surrogate - 0.02 * statistics.entropies + 0.3 * value_loss).sum() / tokens
-    loss.backward()
+    plain_loss(trainer, batch, rows).backward()
     assert relative_difference(found, tiny.gradients(trainer)) < 1e-5
+    assert step.grad_norm == pytest.approx(found.norm().item(), rel=1e-5)
+
+
+def test_an_update_is_that_of_a_plain_loop(make_trainer: MakeTrainer, tiny: Any) -> None:
+    """Four epochs: loss, gradient from zero, clipping, AdamW; nothing else happens to the weights."""
+    changes: dict[str, Any] = {"epochs": 4, "weight_decay": 0.1, "value_learning_rate": 3e-3, "value_coef": 0.3}
+    trainer, plain = make_trainer(**changes), make_trainer(**changes)
+    trainer.prepare()
+    plain.prepare()
+    batch = experience(trainer, update=2)
+    trainer.optimise(batch, update=2)
+
+    real = batch.advantages[batch.sequences.mask]
+    whitened = (batch.advantages - real.mean()) / real.var(correction=0).sqrt()
+    batch = batch._replace(advantages=whitened)
+    groups = [{"params": params, "lr": lr * 0.75} for params, lr in zip(plain.trainable, (1e-3, 3e-3), strict=True)]
+    optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.1)
+    for _ in range(4):
+        optimizer.zero_grad()
+        plain_loss(plain, batch, torch.arange(8)).backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters, 1.0)
+        optimizer.step()
+    for name, weight in tiny.weights(trainer).items():
+        torch.testing.assert_close(weight, tiny.weights(plain)[name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("noise", [math.nan, math.inf, 1e30])
