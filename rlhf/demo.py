@@ -1,4 +1,4 @@
-"""The embedded demo: where its data is, and the rule that knows the truth about it.
+"""The rule that knows the truth about the embedded demo's data.
 
 The rule, `gold_score`, sees the facts of a notice, which no model does. Evaluation alone uses it, to tell whether a
 higher reward means a better summary. Standard library only.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 GLUE_WORDS = 5  # what a sentence needs beside its facts: "will", "in", "on" and up to two more
 DECAY_WORDS = 8.0  # a summary this many words too long keeps 1/e of its score
@@ -23,23 +22,6 @@ _FUNCTION_WORDS = """
     to until up us was we were what when where which while who will with would you your
 """
 FUNCTION_WORDS = frozenset(_FUNCTION_WORDS.split())
-
-
-def data_directory() -> Path:
-    """The folder with the demo data: `demo_data` inside an installed package, else `data` of the checkout.
-
-    Raises:
-        FileNotFoundError: neither is there.
-    """
-    package = Path(__file__).resolve().parent
-    candidates = (package / "demo_data", package.parent / "data")
-    for folder in candidates:
-        if (folder / "demonstrations.parquet").is_file():
-            return folder
-    raise FileNotFoundError(
-        f"the demo data is in neither {candidates[0]} nor {candidates[1]}; reinstall the package, "
-        "or write it with `python data/generate.py` in a checkout"
-    )
 
 
 def gold_score(

@@ -120,15 +120,13 @@ def _trained(
 # ------------------------------------------------------------------------------------------------------ the model
 def _start(context: Context) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model before training, and its tokenizer."""
-    config = context.config
-    path = config.reward.path or context.sft_model()
-    revision = config.model.revision if path == config.model.path else None
-    where = (path, revision, config.model.trust_remote_code)
+    path = context.config.reward.path or context.sft_model()
+    options = context.model_options(path)
     try:
-        model = models.load_reward_model(*where)
+        model = models.load_reward_model(path, **options)
     except ModelError:  # it has no trained head; what else is wrong with it, the next line says too
-        model = models.reward_from_policy(*where)
-    return model, models.load_tokenizer(*where)
+        model = models.reward_from_policy(path, **options)
+    return model, models.load_tokenizer(path, **options)
 
 
 def _with_pad_that_ends_no_text(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

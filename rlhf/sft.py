@@ -64,9 +64,9 @@ def run(context: Context) -> dict[str, float]:
     config = context.config
     training.set_threads(config.resources)
     training.seed_everything(config.seed)
-    where = (context.base_model(), config.model.revision, config.model.trust_remote_code)
-    tokenizer = models.load_tokenizer(*where)
-    model: Any = models.load_policy(*where)
+    base = context.base_model()
+    tokenizer = models.load_tokenizer(base, **context.model_options(base))
+    model: Any = models.load_policy(base, **context.model_options(base))
     if config.model.lora_rank:
         model = models.add_lora(model, config.model.lora_rank, config.model.lora_alpha)
     rows, held_out = (

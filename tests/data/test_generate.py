@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf.demo import data_directory, gold_score
+from rlhf.demo import gold_score
+from rlhf.locations import demo_data_directory
 
 DATA = Path(__file__).parents[2] / "data"
 FACTS = ("who", "what", "where", "when")
@@ -111,7 +112,7 @@ def test_check_tells_whether_files_differ(
 
 def test_files_are_small_and_found() -> None:
     assert sum((DATA / name).stat().st_size for name in ("demonstrations.parquet", "preferences.parquet")) < 3_000_000
-    assert data_directory() == DATA
+    assert demo_data_directory() == DATA
 
 
 def test_notices_are_many_distinct_and_short(rows: list[dict[str, Any]]) -> None:

@@ -1,14 +1,12 @@
-"""The gold score on cases worked out by hand, and where the demo data is looked for."""
+"""The gold score on cases worked out by hand."""
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 
-from rlhf import demo
-from rlhf.demo import data_directory, gold_score
+from rlhf.demo import gold_score
 
 NOTICE = (
     "Parking is free. On Friday at two the council will vote on the rules in Swan Court. Dogs must be kept on a lead."
@@ -93,13 +91,3 @@ def test_rows_are_scored_independently_and_other_columns_ignored() -> None:
 def test_different_lengths_are_refused() -> None:
     with pytest.raises(ValueError, match="zip"):
         gold_score([NOTICE], [PERFECT, PERFECT], **FACTS)
-
-
-def test_data_of_an_installed_package_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "__file__", str(tmp_path / "rlhf" / "demo.py"))
-    with pytest.raises(FileNotFoundError, match=r"demo_data.*data/generate\.py"):
-        data_directory()
-    for folder in (tmp_path / "data", tmp_path / "rlhf" / "demo_data"):
-        folder.mkdir(parents=True)
-        (folder / "demonstrations.parquet").touch()
-        assert data_directory() == folder
