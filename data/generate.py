@@ -25,7 +25,7 @@ CUE = "\n\nSummary:\n"  # the response follows directly, so prompt + response is
 
 # Share of each flaw among the demonstrations, and among the rejected sides of the preferences.
 DEMONSTRATION_FLAWS = {"none": 0.46, "wordy": 0.22, "irrelevant": 0.18, "missing": 0.14}
-PREFERENCE_FLAWS = {"wordy": 0.32, "irrelevant": 0.32, "missing": 0.31, "wrong": 0.05}
+PREFERENCE_FLAWS = {"wordy": 0.27, "irrelevant": 0.26, "missing": 0.27, "repeated": 0.15, "wrong": 0.05}
 LABEL_NOISE = 0.10  # share of the pairs whose sides are swapped, so no reward model can agree with more than 90 %
 ANNOTATOR_ERRORS = {"annotator_a": 0.05, "annotator_b": 0.08}
 
@@ -191,6 +191,19 @@ WORDY = {
     "This is to let everybody know that {who} will indeed {what} in {where}, namely on {when}.": 0.3,
     "{Who} will {what} in {where} on {when}, so please do keep this in mind from now on.": 0.3,
 }
+REPEATED = (
+    "On {when}, {who} will {what} in {where} on {when}.",
+    "On {when}, {who} will {what} on {when} in {where}.",
+    "In {where}, {who} will {what} in {where} on {when}.",
+    "In {where}, {who} will {what} on {when} in {where}.",
+    "{Who} will {what} in {where} on {when} in {where}.",
+    "{Who} will {what} on {when} in {where} on {when}.",
+    "{Who} will {what} in {where} on {when}, and {who} will {what}.",
+    "On {when}, in {where}, {who} will {what} in {where} on {when}.",
+    "In {where}, on {when}, {who} will {what} on {when} in {where}.",
+    "On {when}, {who} will {what} in {where} on {when} in {where}.",
+)
+
 MISSING = {
     "{Who} will {what} in {where}.": 0.35,  # when
     "{Who} will {what} on {when}.": 0.35,  # where
@@ -295,6 +308,11 @@ def missing(rng: Random, notice: Notice) -> str:
     return fill(weighted(rng, MISSING), notice.facts)
 
 
+def repeated(rng: Random, notice: Notice) -> str:
+    """A complete summary that says something twice."""
+    return fill(pick(rng, REPEATED), notice.facts)
+
+
 def wrong(rng: Random, notice: Notice) -> str:
     """A summary in which one fact is replaced by another, as of a notice of any kind."""
     field = pick(rng, Facts._fields)
@@ -314,6 +332,7 @@ WRITERS: Mapping[str, Callable[[Random, Notice], str]] = {
     "wordy": wordy,
     "irrelevant": irrelevant,
     "missing": missing,
+    "repeated": repeated,
     "wrong": wrong,
 }
 

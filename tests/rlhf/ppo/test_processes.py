@@ -33,8 +33,12 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, tiny: Any, make_tra
         )
         for rank in range(2)
     ]
-    one = tiny.first_update(make_trainer(**CHANGES))
-    errors = [process.communicate(timeout=200)[1] for process in processes]
+    try:
+        one = tiny.first_update(make_trainer(**CHANGES))
+        errors = [process.communicate(timeout=200)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], errors
     two = torch.load(tmp_path / "result.pt", weights_only=True)
 
