@@ -82,14 +82,15 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 def _execute(config: PipelineConfig, selection: Selection, store: Store, console: Console) -> None:
     """Run the Prefect flow in this process."""
     from flows.display import make_display
-    from flows.server import configure, start_prefect_api, wait_until_healthy
+    from flows.server import configure, connect
 
     os.environ["RLHF_HOME"] = str(store.home)
     configure(store.home)
-    url = start_prefect_api(store.home)
+    server = connect(store.home)
     from flows.pipeline import pipeline, watcher
 
-    wait_until_healthy(url, store.home)
+    if server is not None:
+        server.wait()
     display = make_display(console)
     token = watcher.set(display)
     try:

@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from rlhf.locks import lock, unlock
+
 START_TIMEOUT_SECONDS = 120.0
 _PR_SET_PDEATHSIG = 1
 
@@ -27,75 +29,84 @@ def configure(home: Path) -> None:
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 
 
-def start_prefect_api(home: Path) -> str:
-    """The URL of a Prefect API: the configured one, or that of a server of this process's own.
+def connect(home: Path) -> "Server | None":
+    """Set ``PREFECT_API_URL`` to a server of this process's own, unless one is configured already.
 
     Call it before Prefect is imported: what Prefect sends at its exit must still find the server, and exit functions
     run in the reverse order of their registration.
     """
     if "PREFECT_API_URL" in os.environ:
-        return os.environ["PREFECT_API_URL"]
-    port = free_port()
-    atexit.register(_stop, spawn_server(home, port))
-    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-    return os.environ["PREFECT_API_URL"]
+        return None
+    server = Server(home)
+    atexit.register(server.stop)
+    os.environ["PREFECT_API_URL"] = server.url
+    return server
 
 
-def spawn_server(home: Path, port: int) -> subprocess.Popen[bytes]:
-    """Start Prefect's API, without its UI and scheduler, on a port of the loopback; it ends with this process."""
-    with _log(home).open("ab") as output:
-        return subprocess.Popen(
-            [
-                *(sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"),
-                *("--host", "127.0.0.1", "--port", str(port), "--log-level", "error", "--lifespan", "on"),
-            ],
-            env={
-                **os.environ,
-                "PREFECT_UI_ENABLED": "0",
-                "PREFECT__SERVER_EPHEMERAL": "1",
-                "PREFECT__SERVER_FINAL": "1",
-                "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
-            },
-            stdout=output,
-            stderr=output,
-            stdin=subprocess.DEVNULL,
-            preexec_fn=_die_with_parent,
-        )
+class Server:
+    """Prefect's API, without its UI and scheduler, on a port of the loopback; it ends with this process.
 
-
-def wait_until_healthy(url: str, home: Path) -> None:
-    """Return when the API answers.
-
-    Raises:
-        RuntimeError: it did not within ``START_TIMEOUT_SECONDS``; the message names its log.
+    Servers on one home folder start one after the other, since the first has to make the database.
     """
-    import httpx
 
-    deadline = time.monotonic() + START_TIMEOUT_SECONDS
-    why = ""
-    while time.monotonic() < deadline:
+    def __init__(self, home: Path, port: int | None = None) -> None:
+        self.log = home / "prefect" / "server.log"
+        self._lock = lock(home / "prefect" / "start.lock")
+        port = port or free_port()
+        self.url = f"http://127.0.0.1:{port}/api"
+        with self.log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"),
+                    *("--host", "127.0.0.1", "--port", str(port), "--log-level", "error", "--lifespan", "on"),
+                ],
+                env={
+                    **os.environ,
+                    "PREFECT_UI_ENABLED": "0",
+                    "PREFECT__SERVER_EPHEMERAL": "1",
+                    "PREFECT__SERVER_FINAL": "1",
+                    "PREFECT_SERVER_LOGGING_LEVEL": "ERROR",
+                },
+                stdout=output,
+                stderr=output,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=_die_with_parent,
+            )
+
+    def wait(self) -> None:
+        """Return when the API answers.
+
+        Raises:
+            RuntimeError: the server ended, or did not answer within ``START_TIMEOUT_SECONDS``.
+        """
+        import httpx
+
+        deadline = time.monotonic() + START_TIMEOUT_SECONDS
+        why = ""
         try:
-            if httpx.get(f"{url}/health", timeout=5).is_success:
-                return
-        except httpx.HTTPError as error:
-            why = f"{type(error).__name__}: {error}"
-        time.sleep(0.05)
-    raise RuntimeError(f"Prefect's API at {url} does not answer ({why}); see {_log(home)}")
+            while time.monotonic() < deadline and self._process.poll() is None:
+                try:
+                    if httpx.get(f"{self.url}/health", timeout=5).is_success:
+                        return
+                except httpx.HTTPError as error:
+                    why = f"{type(error).__name__}: {error}"
+                time.sleep(0.05)
+            if self._process.poll() is not None:
+                why = f"it ended with exit code {self._process.returncode}"
+            raise RuntimeError(f"Prefect's API at {self.url} does not answer ({why}); see {self.log}")
+        finally:
+            if self._lock is not None:
+                unlock(self._lock)
+                self._lock = None
 
-
-def _stop(server: subprocess.Popen[bytes]) -> None:
-    server.terminate()
-    try:
-        server.wait(timeout=10)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
-
-
-def _log(home: Path) -> Path:
-    path = home / "prefect" / "server.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    def stop(self) -> None:
+        """End the server."""
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 def free_port() -> int:

@@ -24,13 +24,13 @@ ROWS = {
     "bleu": "BLEU",
     "meteor": "METEOR",
     "length_tokens": "length (tokens)",
-    "kl": "KL to SFT (nats/seq.)",
+    "kl": "KL to SFT (nats)",
 }
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], console: Console) -> None:
     """A plain table; cells are shown as they are."""
-    table = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
     console.print(table)
@@ -38,7 +38,7 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], console: Con
 
 def print_plan(plans: Sequence[StagePlan], console: Console) -> None:
     """Each stage: cached or to be run, and why."""
-    table = Table("stage", "", "why", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table("stage", "", "why", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for plan in plans:
         shown = [*plan.reasons[:REASONS_SHOWN]]
         if len(plan.reasons) > REASONS_SHOWN:
@@ -61,7 +61,7 @@ def print_result(
         console.print(f"[bold]{escape(config.name)}[/]: {scope} up to date", highlight=False)
     policies = [name for name in POLICIES if any(key.startswith(f"evaluate/{name}/") for key in metrics)]
     rows = [
-        (label, *(_value(metrics, f"evaluate/{policy}/{metric}", "\n", 2) for policy in policies))
+        (label, *(_value(metrics, f"evaluate/{policy}/{metric}", "\n") for policy in policies))
         for metric, label in ROWS.items()
         if any(f"evaluate/{policy}/{metric}" in metrics for policy in policies)
     ]
@@ -104,10 +104,15 @@ def size(count: int) -> str:
     return f"{value:.1f} TB"
 
 
-def _value(metrics: dict[str, float], key: str, separator: str = " ", digits: int = 3) -> str:
+def _value(metrics: dict[str, float], key: str, separator: str = " ") -> str:
+    """A figure, and its interval where there is one."""
     if key not in metrics:
         return ""
-    text = f"{metrics[key]:.3f}"
+    text = _number(metrics[key], 3)
     if f"{key}_low" in metrics:
-        text += f"{separator}[{metrics[f'{key}_low']:.{digits}f}, {metrics[f'{key}_high']:.{digits}f}]"
+        text += f"{separator}[{_number(metrics[f'{key}_low'], 2)}, {_number(metrics[f'{key}_high'], 2)}]"
     return text
+
+
+def _number(value: float, decimals: int) -> str:
+    return f"{value:.{decimals if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.server import configure, free_port, spawn_server, wait_until_healthy
+from flows.server import Server, configure, free_port
 
 # Prefect reads its settings when it is first imported, so the environment is set before any test module is.
 _STATE = Path(tempfile.mkdtemp(prefix="rlhf-tests-"))
@@ -30,11 +30,10 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="session")
 def prefect_api() -> Iterator[str]:
     """A Prefect API of this test process's own."""
-    server = spawn_server(_STATE, _PORT)
-    wait_until_healthy(os.environ["PREFECT_API_URL"], _STATE)
-    yield os.environ["PREFECT_API_URL"]
-    server.kill()
+    server = Server(_STATE, _PORT)
     server.wait()
+    yield server.url
+    server.stop()
 
 
 @pytest.fixture
