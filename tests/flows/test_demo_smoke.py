@@ -189,12 +189,16 @@ def test_of_two_runs_the_one_left_finishes(finished: Path, home: Path) -> None:
     for stage in ("ppo", "evaluate"):
         shutil.rmtree(home / "store" / stage)
     first = start(home, *arguments)
-    while not list(home.glob("work/ppo-*/checkpoints/checkpoint-*/manifest.json")):
+    while not list(home.glob("work/ppo-*")):
         assert first.poll() is None, first.communicate()
-        time.sleep(0.005)
+        time.sleep(0.002)
+    first.send_signal(signal.SIGSTOP)  # it is in the stage, and holds its lock
     second = start(home, *arguments)
-    while len(list((home / "runs").iterdir())) < 2 and first.poll() is None:
-        time.sleep(0.005)
+    while len(stages_of(home)) < 2 or "reward" not in stages_of(home)[1]:
+        assert second.poll() is None, second.communicate()
+        time.sleep(0.05)
+    time.sleep(1.0)
+    assert second.poll() is None  # it waits
     first.kill()
     first.communicate()
     out, error = second.communicate()

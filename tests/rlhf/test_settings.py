@@ -221,7 +221,7 @@ def test_dump_reads_back(file: Path, tmp_path: Path) -> None:
         file,
         SMALL,
         "data.prompt_template='{a: b}\\n# off'",
-        "ppo.missing_eos_value=-.inf",
+        "ppo.missing_eos_value=-1e30",
         "ppo.learning_rate=1e-7",
         "model.revision='1e5'",
         "tracking.experiment='on: off'",
