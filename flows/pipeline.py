@@ -99,7 +99,8 @@ def _stage(run: Run, stage: str) -> dict[str, Any]:
     if run.watcher is not None:
         run.watcher.begin(stage)
     plan = run.decide(stage)
-    manifest = run_stage(plan).manifest()
+    reference = run_stage(plan)
+    manifest = run.store.open(stage, reference.key)
     run.manifests[stage] = manifest
     run.store.touch(stage, manifest.key)
     tracking.record(run, stage, manifest)

@@ -12,7 +12,6 @@ import logging
 import os
 import shutil
 import time
-from pathlib import Path
 from typing import Any, Self
 
 import prefect
@@ -20,7 +19,7 @@ from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.transactions import IsolationLevel
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from rlhf.artifacts import JOURNAL, Manifest, Store, make_manifest
+from rlhf.artifacts import JOURNAL, Manifest, make_manifest
 from rlhf.context import Context
 from rlhf.errors import ArtifactError
 from rlhf.plan import StagePlan
@@ -33,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class ArtifactRef(BaseModel):
-    """A reference to a stage's artifact; making one verifies the artifact.
+    """A reference to a stage's artifact. Within a run, reading one verifies the artifact in the run's store.
 
     Raises:
         ValueError: the artifact is missing or damaged, or is not the one meant.
@@ -41,25 +40,23 @@ class ArtifactRef(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    home: str
     stage: str
     key: str
     digest: str
 
     @model_validator(mode="after")
     def _verified(self) -> Self:
+        run = current_run.get(None)
+        if run is None:  # someone looks at the record, and computes nothing with it
+            return self
         try:
-            manifest = self.manifest()
+            manifest = run.store.open(self.stage, self.key)
         except ArtifactError as error:
             log.warning("%s/%s cannot be reused: %s", self.stage, self.key, error)  # Prefect says nothing of it
             raise ValueError(str(error)) from None
         if manifest.digest != self.digest:
             raise ValueError(f"{self.stage}/{self.key} has digest {manifest.digest}, not {self.digest}")
         return self
-
-    def manifest(self) -> Manifest:
-        """Open the artifact. Raises ArtifactError when it does not verify."""
-        return Store(Path(self.home)).open(self.stage, self.key)
 
 
 def run_stage(plan: StagePlan) -> ArtifactRef:
@@ -83,7 +80,7 @@ def compute(run: Run, stage: str, key: str) -> ArtifactRef:
     """
     if not run.selection.computes(stage, run.config):
         try:  # computed before, but Prefect's record of it is gone
-            return _reference(run.store, run.store.open(stage, key))
+            return _reference(run.store.open(stage, key))
         except ArtifactError:
             pass
     run.computed.add(stage)
@@ -119,7 +116,7 @@ def compute(run: Run, stage: str, key: str) -> ArtifactRef:
     )
     run.store.publish(out, manifest)
     shutil.rmtree(work)
-    return _reference(run.store, manifest)
+    return _reference(manifest)
 
 
 def _task(stage: str) -> prefect.Task[..., ArtifactRef]:
@@ -135,8 +132,8 @@ def _cache_key(context: Any, parameters: dict[str, Any]) -> str:
     return f"{parameters['stage']}-{parameters['key']}"
 
 
-def _reference(store: Store, manifest: Manifest) -> ArtifactRef:
-    return ArtifactRef(home=str(store.home), stage=manifest.stage, key=manifest.key, digest=manifest.digest)
+def _reference(manifest: Manifest) -> ArtifactRef:
+    return ArtifactRef(stage=manifest.stage, key=manifest.key, digest=manifest.digest)
 
 
 def _device(run: Run) -> str:

@@ -32,8 +32,7 @@ def prefect_api() -> Iterator[str]:
     """A Prefect API of this test process's own."""
     server = Server(_STATE, _PORT)
     server.wait()
-    yield server.url
-    server.stop()
+    yield server.url  # it ends with this process, after Prefect has sent it what it sends at exit
 
 
 @pytest.fixture

@@ -118,6 +118,14 @@ def test_a_garbled_record_of_prefect_is_a_miss(done: Rlhf, calls: list[str], hom
     assert calls == ["ppo", "evaluate"]
 
 
+def test_a_home_folder_can_be_moved(done: Rlhf, calls: list[str], home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(home, home.parent / "moved")
+    monkeypatch.setenv("RLHF_HOME", str(home.parent / "moved"))
+    shutil.rmtree(home.parent / "moved" / "store" / "ppo")
+    assert done("run")[0] == 0
+    assert calls == ["ppo"]
+
+
 def test_only_computes_one_stage_anew(done: Rlhf, calls: list[str]) -> None:
     assert done("run", "--only", "ppo")[0] == 0
     assert calls == ["ppo"]
