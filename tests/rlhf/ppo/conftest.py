@@ -204,3 +204,14 @@ def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
         return new_trainer(checkpoints or tmp_path / "checkpoints", *arguments, **changes)
 
     return make
+
+
+@pytest.fixture
+def experience() -> Callable[..., Any]:
+    """A prepared trainer's experience of an update, the advantages not whitened, and its rewards."""
+
+    def of(trainer: Trainer, update: int = 1) -> Any:
+        rollout = trainer.rollout(update)
+        return trainer.advantages(rollout, trainer.score(rollout, update))
+
+    return of
