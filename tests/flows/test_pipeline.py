@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from rlhf.settings import load
 from rlhf.stages import STAGES
 
 Rlhf = Callable[..., tuple[int, str, str]]
@@ -59,7 +60,7 @@ def test_a_second_run_computes_nothing(done: Rlhf, calls: list[str], home: Path)
 def test_a_changed_value_runs_its_stage_and_what_follows(done: Rlhf, calls: list[str]) -> None:
     rows = plan(done, "--set", "ppo.kl_coef=0.1")
     assert [name for name, row in rows.items() if row["action"] == "run"] == ["ppo", "evaluate"]
-    assert rows["ppo"]["reasons"] == ["config.ppo.kl_coef: 0.15 -> 0.1"]
+    assert rows["ppo"]["reasons"] == [f"config.ppo.kl_coef: {load().ppo.kl_coef} -> 0.1"]
     assert rows["evaluate"]["reasons"] == ["input ppo: will be made anew"]
     assert done("run", "--set", "ppo.kl_coef=0.1")[0] == 0
     assert calls == ["ppo", "evaluate"]
