@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,11 +28,11 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def prefect_api() -> Iterator[str]:
+def prefect_api() -> str:
     """A Prefect API of this test process's own."""
     server = Server(_STATE, _PORT)
     server.wait()
-    yield server.url  # it ends with this process, after Prefect has sent it what it sends at exit
+    return server.url  # it ends with this process, after Prefect has sent it what it sends at exit
 
 
 @pytest.fixture
