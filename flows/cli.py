@@ -44,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as error:
         errors.print(f"rlhf: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return BAD_INPUT
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
     except (RlhfError, OSError, RuntimeError) as error:
         errors.print(
             f"rlhf: {type(error).__name__}: {error}", style="red", markup=False, highlight=False, soft_wrap=True
@@ -55,9 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         errors.print("rlhf: interrupted; the next run goes on from the last checkpoint")
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
 
 
 def _run(options: argparse.Namespace, console: Console) -> int:

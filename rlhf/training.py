@@ -270,14 +270,24 @@ def train(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars of transformers, which draws one for every model that is saved."""
-    bars = hf_logging.is_progress_bar_enabled()
+    """Without the progress bars of transformers, which draws one for every model that is saved.
+
+    And without its warning at a resume that weights are missing from the checkpoint: those are the ones tied to
+    others, which are never saved twice. A file that is really missing is seen before (``checkpoints.latest``).
+    """
+    bars, trainer_log = hf_logging.is_progress_bar_enabled(), logging.getLogger("transformers.trainer")
     hf_logging.disable_progress_bar()
+    trainer_log.addFilter(_no_tied_weights)
     try:
         yield
     finally:
+        trainer_log.removeFilter(_no_tied_weights)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+def _no_tied_weights(record: logging.LogRecord) -> bool:
+    return "missing keys in the checkpoint" not in record.getMessage()
 
 
 def _not_finite(name: str, value: float, stage: str, step: int) -> str:

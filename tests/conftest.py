@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import tempfile
 from collections.abc import Callable
@@ -20,6 +21,10 @@ os.environ.update(
 os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{_PORT}/api"
 configure(_STATE)
 
+# Exit functions run in reverse order: this one, registered before Prefect is imported, after Prefect's own.
+atexit_after_prefect: list[Callable[[], None]] = []
+atexit.register(lambda: [function() for function in atexit_after_prefect])
+
 
 @pytest.fixture(autouse=True)
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,8 +36,9 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def prefect_api() -> str:
     """A Prefect API of this test process's own."""
     server = Server(_STATE, _PORT)
+    atexit_after_prefect.append(server.stop)
     server.wait()
-    return server.url  # it ends with this process, after Prefect has sent it what it sends at exit
+    return server.url
 
 
 @pytest.fixture
