@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -24,6 +25,10 @@ configure(_STATE)
 # Exit functions run in reverse order: this one, registered before Prefect is imported, after Prefect's own.
 atexit_after_prefect: list[Callable[[], None]] = []
 atexit.register(lambda: [function() for function in atexit_after_prefect])
+
+# Prefect sets up logging when it is imported, and closes the handlers that are there. absl's (it comes with rouge_score)
+# closes its stream with it, which is pytest's, if a test module has imported that before.
+importlib.import_module("prefect.main")
 
 
 @pytest.fixture(autouse=True)
