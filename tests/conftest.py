@@ -26,8 +26,8 @@ configure(_STATE)
 atexit_after_prefect: list[Callable[[], None]] = []
 atexit.register(lambda: [function() for function in atexit_after_prefect])
 
-# Prefect sets up logging when it is imported, and closes the handlers that are there. absl's (it comes with rouge_score)
-# closes its stream with it, which is pytest's, if a test module has imported that before.
+# Prefect sets up logging when it is imported, and closes the handlers that are there. absl's (it comes with
+# rouge_score) closes its stream with it, which is pytest's, if a test module has imported that before.
 importlib.import_module("prefect.main")
 
 
