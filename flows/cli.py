@@ -147,7 +147,7 @@ def _runs(options: argparse.Namespace, console: Console) -> None:
         return
     rows = []
     for record in records[-options.last :]:
-        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.started))
+        began = time.strftime("%d %b %H:%M", time.localtime(record.started))
         took = summary.duration(record.ended - record.started) if record.ended else ""
         stages = " ".join(f"{name}{'' if row['cached'] else '*'}" for name, row in record.stages.items())
         rows.append((record.id, record.pipeline, record.status, began, took, stages))

@@ -31,6 +31,7 @@ ROWS = {
 def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], console: Console) -> None:
     """A plain table; cells are shown as they are."""
     table = Table(*head, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.columns[0].no_wrap = True
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
     console.print(table)
