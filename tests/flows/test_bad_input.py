@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-CASES_FILE = Path(__file__).parents[1] / "rlhf" / "bad_input_cases.py"
+from tests.rlhf.bad_input_cases import CASES
+from tests.rlhf.projects import Case
 
-
-def _cases() -> list[Any]:
-    spec = spec_from_file_location("bad_input_cases", CASES_FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return list(module.CASES)
-
-
-CASES = _cases()
 THROUGH_THE_FLOW = [case for case in CASES if case.name.startswith(("json", "csv", "dup", "prompt", "empty"))][:6]
 
 
-def arguments(case: Any, folder: Path) -> list[str]:
+def arguments(case: Case, folder: Path) -> list[str]:
     source, overrides = case.make(folder)
     return [str(source), *(word for override in overrides for word in ("--set", override))]
 
@@ -36,7 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def check(case: Any, code: int, out: str, error: str) -> None:
+def check(case: Case, code: int, out: str, error: str) -> None:
     assert code == 2, out + error
     assert error.startswith("rlhf: ")
     assert "Traceback" not in out + error
@@ -45,7 +33,7 @@ def check(case: Any, code: int, out: str, error: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_validate_refuses(case: Any, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_validate_refuses(case: Case, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from flows.cli import main
 
     code = main(["validate", *arguments(case, folder)])
@@ -59,7 +47,7 @@ def test_there_are_at_least_forty_cases() -> None:
 
 
 @pytest.mark.parametrize("case", THROUGH_THE_FLOW, ids=lambda case: case.name)
-def test_a_run_leaves_nothing_behind(case: Any, folder: Path, rlhf: Callable[..., tuple[int, str, str]]) -> None:
+def test_a_run_leaves_nothing_behind(case: Case, folder: Path, rlhf: Callable[..., tuple[int, str, str]]) -> None:
     check(case, *rlhf("run", *arguments(case, folder), "--set", "tracking.enabled=false"))
     store = folder / "home" / "store"
     assert not store.exists() or not any(store.rglob("*"))

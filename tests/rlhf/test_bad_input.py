@@ -12,7 +12,8 @@ from rlhf.context import Context
 from rlhf.errors import InputError
 from rlhf.prepare import run
 from rlhf.tracker import NullTracker
-from tests.rlhf.bad_input_cases import CASES, Case, good
+from tests.rlhf.bad_input_cases import CASES
+from tests.rlhf.projects import Case, good
 
 
 def prepare(source: Path | str, overrides: list[str], folder: Path) -> Path:

@@ -16,7 +16,7 @@ from rlhf.context import Context
 from rlhf.errors import DataError
 from rlhf.judge import agreement
 from rlhf.tracker import NullTracker
-from tests.rlhf.bad_input_cases import good
+from tests.rlhf.projects import good
 
 
 def table(both_yes: int, yes_no: int, no_yes: int, both_no: int) -> tuple[list[int | None], list[int | None]]:

@@ -22,7 +22,7 @@ from rlhf.models import load_tokenizer
 from rlhf.prepare import check, run
 from rlhf.tokens import END, Lengths, context_length, statistics, train_tokenizer
 from rlhf.tracker import NullTracker
-from tests.rlhf.bad_input_cases import ROWS, good, replace
+from tests.rlhf.projects import ROWS, good, replace
 
 
 class Prepared:
