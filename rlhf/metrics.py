@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 import tempfile
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
@@ -158,8 +159,9 @@ class _TextMetric(evaluate.Metric):  # type: ignore[misc]
             return {name: value.tolist() for name, value in values.items()}
         return {name: _mean(value) for name, value in values.items()}
 
+    @abstractmethod
     def _values(self, predictions: list[str], references: list[str]) -> dict[str, Floats]:
-        raise NotImplementedError
+        """One value for each pair, (n,), by metric."""
 
 
 class Rouge(_TextMetric):

@@ -92,11 +92,11 @@ def test_a_change_that_keeps_size_and_time_is_found_by_the_thorough_check(store:
 
 
 def test_a_copy_with_other_times_is_hashed_once(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    publish(store)
+    manifest = publish(store)
     os.utime(store.path("sft", "k1") / "model" / "weights.bin")
-    verify(store.path("sft", "k1"))
+    assert verify(store.path("sft", "k1")) == manifest
     monkeypatch.setattr("rlhf.artifacts.sha256_file", lambda path: pytest.fail("hashed again"))
-    verify(store.path("sft", "k1"))
+    assert verify(store.path("sft", "k1")) == manifest
 
 
 def test_publishing_again_replaces(store: Store) -> None:

@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException
 from tasks.journal import PARENT, RunJournal
 from tasks.mlflow_server import connect, default_uri
 from tasks.mlflow_sync import BusyError, Replay, Shipped, run_url, ship, ship_pending
+from tests.tasks.mlflow_reads import history, runs_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,20 +44,6 @@ def write_run(directory: Path, points: int = 20, experiment: str = "rlhf") -> No
         for step in range(points):
             journal.metrics("sft", {"sft/loss": 1 / (step + 1), "sft/lr": 0.1, "sft/grad_norm": 1.0}, step)
         journal.finals("sft", {"sft/final_loss": 0.5})
-
-
-def runs_of(uri: str, run_id: str) -> dict[str, Run]:
-    """MLflow runs by stage; fails when there are two of one."""
-    client = MlflowClient(uri)
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    found = client.search_runs(experiments, f"tags.`rlhf.run_id` = '{run_id}'")
-    stages = Counter(run.data.tags["rlhf.stage"] for run in found)
-    assert set(stages.values()) <= {1}, stages
-    return {run.data.tags["rlhf.stage"]: run for run in found}
-
-
-def history(uri: str, run: Run, name: str) -> list[tuple[int, float]]:
-    return sorted((m.step, m.value) for m in MlflowClient(uri).get_metric_history(run.info.run_id, name))
 
 
 # What arrives

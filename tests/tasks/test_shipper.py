@@ -9,19 +9,18 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Run
 
 from rlhf.tracker import JournalTracker
 from tasks.journal import PARENT, RunJournal
 from tasks.mlflow_server import connect, default_uri
 from tasks.mlflow_sync import Shipped, ship
 from tasks.shipper import Shipper
+from tests.tasks.mlflow_reads import history, runs_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,20 +37,6 @@ def begin(directory: Path) -> RunJournal:
     journal = RunJournal.open(directory)
     journal.start("demo", experiment="rlhf")
     return journal
-
-
-def runs_of(uri: str, run_id: str) -> dict[str, Run]:
-    """MLflow runs by stage; fails when there are two of one."""
-    client = MlflowClient(uri)
-    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-    found = client.search_runs(experiments, f"tags.`rlhf.run_id` = '{run_id}'")
-    stages = Counter(run.data.tags["rlhf.stage"] for run in found)
-    assert set(stages.values()) <= {1}, stages
-    return {run.data.tags["rlhf.stage"]: run for run in found}
-
-
-def history(uri: str, run: Run, name: str) -> list[tuple[int, float]]:
-    return sorted((m.step, m.value) for m in MlflowClient(uri).get_metric_history(run.info.run_id, name))
 
 
 def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
