@@ -7,9 +7,12 @@ changes how a stage computes, not what: it is not part of the stage's cache key.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, create_model, model_validator
+
+from rlhf.ppo import settings as ppo_settings
 
 NUMBERS_SAME: dict[str, JsonValue] = {"in_cache_key": False}
 BY_CONTENT: dict[str, JsonValue] = {"in_cache_key": False}  # a path: what lies there is hashed into the key instead
@@ -200,84 +203,46 @@ class Reward(Supervised):
     )
 
 
-class Ppo(OptionalStage):
+class _PpoSection(OptionalStage):
     """Proximal policy optimisation of the policy against the reward, held near the SFT policy by a KL penalty."""
 
-    rewards: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(
+    rewards: dict[str, Finite] = Field(
         {"model": 1.0},
         description="Weight of each reward: `model` (the trained one), `module:function` or `file.py:function`.",
     )
-    updates: Count = Field(100, description="Number of PPO updates (rollout, then optimisation).")
-    episodes: Count = Field(64, description="Prompts, with one response each, per update.")
-    epochs: Count = Field(4, description="Passes over each rollout.")
-    minibatches: Count = Field(1, description="Optimizer steps per pass; must divide episodes.")
-    micro_batch_tokens: Count = Field(
-        16384,
-        description="Most tokens (padding included) in one forward pass of the update; bounds the memory.",
-        json_schema_extra=NUMBERS_SAME,
-    )
-    max_new_tokens: Count = Field(53, description="Longest response, in tokens, the end-of-sequence token included.")
-    temperature: Positive = Field(0.7, description="Sampling temperature; every log-probability is taken at it.")
-    learning_rate: Positive = Field(3e-6, description="Peak learning rate of AdamW for the policy.")
-    value_learning_rate: Positive | None = Field(None, description="Same for the value model. Default: learning_rate.")
-    schedule: Literal["linear", "constant"] = Field(
-        "linear", description="Decay of the learning rate over all updates."
-    )
-    warmup_updates: Annotated[int, Field(ge=0)] = Field(
-        0, description="First updates in which only the value model learns."
-    )
-    adam_eps: Positive = Field(1e-5, description="AdamW epsilon.")
-    weight_decay: NotNegative = Field(0.0, description="AdamW weight decay.")
-    max_grad_norm: Positive = Field(1.0, description="Gradients are clipped to this global norm.")
-    kl_coef: NotNegative = Field(0.05, description="Weight beta of the per-token KL penalty, in reward per nat.")
-    kl_control: Literal["fixed", "adaptive"] = Field(
-        "fixed", description="Whether beta stays, or follows Ziegler's proportional controller towards kl_target."
-    )
-    kl_target: Positive = Field(6.0, description="Target of the adaptive controller, in nats per sequence.")
-    kl_horizon: Positive = Field(10000.0, description="Horizon of the adaptive controller, in episodes.")
-    kl_estimator: Literal["k1", "k2", "k3"] = Field("k1", description="Estimator of the per-token KL in the reward.")
-    gamma: Fraction = Field(1.0, description="Discount per token.")
-    lam: Fraction = Field(0.95, description="Lambda of generalized advantage estimation.")
-    clip_range: Positive = Field(0.2, description="Clip of the probability ratio.")
-    value_clip_range: Positive = Field(0.2, description="Clip of the value around the rollout's value.")
-    value_coef: NotNegative = Field(0.1, description="Weight of the value loss.")
-    entropy_coef: NotNegative = Field(0.0, description="Weight of an entropy bonus.")
-    whiten_advantages: bool = Field(True, description="Advantages to mean 0, variance 1 over a rollout's tokens.")
-    whiten_rewards: bool = Field(False, description="Rewards to variance 1 over a rollout's tokens, mean kept.")
-    score_clip: Positive | None = Field(None, description="Clip scores to plus or minus this value.")
-    missing_eos: Literal["off", "replace", "penalty"] = Field(
-        "off", description="A response that did not end within the limit: leave its score, replace it, or subtract."
-    )
-    missing_eos_value: float = Field(
-        -1.0,
-        allow_inf_nan=False,
-        description="Score of such a response when missing_eos is `replace`; amount subtracted is its magnitude.",
-    )
-    early_stop_kl: Positive | None = Field(
-        None,
-        description="End an update before a step at which approx KL (nats per token) is over 1.5 times this.",
-    )
-    value_model: Literal["separate"] = Field(
-        "separate", description="A value model of its own, initialised from the reward model where that fits."
-    )
-    log_samples_every: Count = Field(10, description="Updates between two tables of samples.")
-    checkpoint_every: Count = Field(10, description="Updates between two checkpoints.", json_schema_extra=NUMBERS_SAME)
 
     @model_validator(mode="after")
-    def _check(self) -> Ppo:
-        if self.episodes % self.minibatches:
-            raise ValueError(f"minibatches {self.minibatches} must divide episodes {self.episodes}")
-        if self.warmup_updates >= self.updates:
-            raise ValueError(
-                f"warmup_updates {self.warmup_updates} leaves none of the {self.updates} updates for the policy; "
-                "lower it, or raise updates"
-            )
+    def _check(self) -> _PpoSection:
+        if problem := ppo_settings.conflict(self):  # type: ignore[arg-type]
+            raise ValueError(problem)
         if self.enabled and not self.rewards:
             raise ValueError("rewards is empty; name at least one, e.g. {model: 1.0}")
         for name in self.rewards:
             if name != "model" and ":" not in name:
                 raise ValueError(f"rewards: {name!r} is neither `model` nor of the form `module:function`")
         return self
+
+
+def _options(settings: type) -> dict[str, Any]:
+    """The fields of a dataclass of options as fields of a section."""
+    types, found = get_type_hints(settings), {}
+    for option in fields(settings):
+        limits = dict(option.metadata)
+        extra = NUMBERS_SAME if limits.pop("numbers_same") else None
+        if "float" in str(types[option.name]):
+            limits["allow_inf_nan"] = False
+        found[option.name] = (types[option.name], Field(option.default, json_schema_extra=extra, **limits))
+    return found
+
+
+if TYPE_CHECKING:
+
+    class Ppo(_PpoSection, ppo_settings.Settings):
+        """The section with the options of the PPO engine."""
+else:
+    Ppo = create_model(
+        "Ppo", __base__=_PpoSection, __doc__=_PpoSection.__doc__, __module__=__name__, **_options(ppo_settings.Settings)
+    )
 
 
 class Evaluate(OptionalStage):
@@ -298,8 +263,9 @@ class Resources(Section):
     """Where it computes; none of it is in a cache key."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes CUDA where there is one.")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="Autocast type of the forward passes: auto is bf16 on CUDA and fp32 on a CPU."
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto",
+        description="Autocast type of the forward passes: auto is bf16 on CUDA and fp32 on a CPU. fp16 needs CUDA.",
     )
     threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads of torch; 0 takes all cores.")
 

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from rlhf import intervals, metrics, models, report, rewards, training
@@ -25,14 +24,13 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.intervals import Estimate
 from rlhf.ppo import batching
 from rlhf.ppo.batching import Prompts
-from rlhf.ppo.policy import CausalPolicy, Sequences, response_hidden
+from rlhf.ppo.generation import GREEDY
+from rlhf.ppo.policy import Policy, exact_kl
 from rlhf.ppo.rollout import collect, per_token
 
 Floats = NDArray[np.float64]
 
-GREEDY = 1e-6  # temperature of greedy decoding: every token but the likeliest has probability 0 in float32
 TOKENS_AT_ONCE = 16384  # of a forward pass for the KL, padding included
-LOGITS_AT_ONCE = 2**24  # elements of one (N, V) block of logits; 64 MB in float32
 HEADLINES = ("reward", "rougeL", "kl", "length_tokens")  # besides the scorers: metrics whose bounds are finals too
 
 
@@ -71,8 +69,7 @@ def run(context: Context) -> dict[str, float]:
     training.set_threads(config.resources)
     training.seed_everything(config.seed)  # only a scorer might draw from the global generators
     device = training.device_of(config.resources)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=training.uses_bf16(config.resources))
-    with torch.no_grad(), autocast, training.quiet():
+    with torch.no_grad(), training.autocast(config.resources), training.quiet():
         scorers = _scorers(context)
         rows = _held_out(context)
         answers = _policy_answers(context, rows, device)
@@ -97,7 +94,8 @@ def _held_out(context: Context) -> HeldOut:
         raise DataError(f"{path}: there is no held-out prompt; raise data.test_fraction or leave evaluate out")
     columns = table.to_pydict()
     texts = columns.pop("prompt")
-    token_ids = models.prompt_token_ids(_tokenizer(context), texts)
+    encoder = models.is_encoder_decoder(context.sft_model(), **context.model_options(context.sft_model()))
+    token_ids = models.prompt_token_ids(_tokenizer(context), texts, encoder=encoder)
     references = columns.get("reference") or [None] * len(texts)
     given = [text if text and text.strip() else None for text in references]
     return HeldOut(Prompts(texts, token_ids, columns), given)
@@ -117,8 +115,8 @@ def _policy_answers(context: Context, rows: HeldOut, device: torch.device) -> di
     return answers
 
 
-def _policy(context: Context, path: str, device: torch.device) -> CausalPolicy:
-    policy = CausalPolicy(models.load_policy(path, **context.model_options(path)).to(device).eval())
+def _policy(context: Context, path: str, device: torch.device) -> Policy:
+    policy = Policy(models.load_policy(path, **context.model_options(path)).to(device).eval())
     policy.check()
     return policy
 
@@ -130,8 +128,8 @@ def _tokenizer(context: Context) -> PreTrainedTokenizerBase:
 
 def _answers(
     config: PipelineConfig,
-    policy: CausalPolicy,
-    reference: CausalPolicy,
+    policy: Policy,
+    reference: Policy,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompts,
 ) -> Answers:
@@ -140,12 +138,14 @@ def _answers(
     _check_room(policy, prompts, settings.max_new_tokens)
     # Row i's draws are the same for every policy and every batch size.
     uniforms = torch.rand(len(prompts), settings.max_new_tokens, generator=batching.generator(config.seed, "evaluate"))
-    kl = partial(_kl, policy, reference, settings.temperature or 1.0)
+    kl = partial(exact_kl, policy, reference, settings.temperature or 1.0)
     texts: list[str] = []
     values: dict[str, list[Tensor]] = {"length_tokens": [], "eos_rate": [], "kl": []}
     for start in range(0, len(prompts), settings.batch_size):
         rows = range(len(prompts))[start : start + settings.batch_size]
-        made = collect(policy, tokenizer, prompts.select(rows), uniforms[rows], temperature, policy.causal.device)
+        made = collect(
+            policy, tokenizer, prompts.select(rows), uniforms[rows], temperature, policy.language_model.device
+        )
         texts += made.responses
         values["length_tokens"].append(made.sequences.response_lengths)
         values["eos_rate"].append(made.ended)
@@ -153,28 +153,9 @@ def _answers(
     return Answers(texts, {name: torch.cat(parts).double().cpu().numpy() for name, parts in values.items()})
 
 
-def _kl(policy: CausalPolicy, reference: CausalPolicy, temperature: float, sequences: Sequences) -> Tensor:
-    """KL(policy || reference) in nats at each response token, packed (N,): exact over the vocabulary.
-
-    sum_v p(v) (log p(v) - log q(v)), p and q the two policies' tempered next-token distributions after the same
-    beginning. The sum over a sampled response estimates the KL of the two distributions over responses without bias,
-    as does the sum of log p - log q of the sampled tokens, but with far less variance and never below 0.
-    """
-    ours = response_hidden(policy.causal.base_model, sequences)
-    theirs = ours if policy is reference else response_hidden(reference.causal.base_model, sequences)
-    size = max(1, LOGITS_AT_ONCE // policy.causal.config.vocab_size)
-    parts = []
-    for start in range(0, len(ours), size):
-        rows = slice(start, start + size)
-        log_p = (policy.logits(ours[rows]) / temperature).log_softmax(-1)
-        log_q = (reference.logits(theirs[rows]) / temperature).log_softmax(-1)
-        parts.append(F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).clamp_min(0.0))
-    return torch.cat(parts)
-
-
-def _check_room(policy: CausalPolicy, prompts: Prompts, new: int) -> None:
+def _check_room(policy: Policy, prompts: Prompts, new: int) -> None:
     """See that every prompt and its response fit into the model's context."""
-    limit = getattr(policy.causal.config, "max_position_embeddings", None)
+    limit = getattr(policy.language_model.config, "max_position_embeddings", None)
     longest = max(map(len, prompts.token_ids))
     if limit is not None and longest + new > limit:
         raise DataError(

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GPT2Config,
@@ -27,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import NewGELUActivation
 from transformers.utils import logging as hf_logging
 
 from rlhf.errors import ModelError
@@ -118,31 +120,42 @@ def load_tokenizer(
     return tokenizer
 
 
-def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[list[int]]:
-    """Token ids of prompts: no special tokens but a beginning-of-sequence where the tokenizer adds it by itself."""
+def prompt_token_ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], encoder: bool = False
+) -> list[list[int]]:
+    """Token ids of prompts: no special tokens but a beginning-of-sequence where the tokenizer adds it by itself.
+
+    With ``encoder``, all special tokens that the tokenizer adds: an encoder reads a whole text, not the first part of
+    one.
+    """
     if not prompts:
         return []
-    plain: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
+    whole: list[list[int]] = tokenizer(list(prompts), add_special_tokens=encoder)["input_ids"]
     first: list[int] = tokenizer(prompts[0])["input_ids"][:1]
-    adds_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] != plain[0][:1]
-    return [first + ids for ids in plain] if adds_bos else plain
+    adds_bos = tokenizer.bos_token_id is not None and first == [tokenizer.bos_token_id] != whole[0][:1]
+    return [first + ids for ids in whole] if adds_bos else whole
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
-def load_policy(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A causal language model.
+def is_encoder_decoder(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> bool:
+    """Whether a model has an encoder for its prompts.
 
     Raises:
-        ModelError: it cannot be loaded, lacks weights, or is an encoder-decoder, which is not supported yet.
+        ModelError: its configuration cannot be loaded.
     """
-    where = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = _load(AutoConfig.from_pretrained, "model", path, **where)
-    if config.is_encoder_decoder:
-        raise ModelError(
-            f"model {str(path)!r} is an encoder-decoder ({config.model_type}); this version trains causal models "
-            "only. Set model.path to a causal one"
-        )
-    return _load_weights(AutoModelForCausalLM, "model", path, **where)
+    config = _load(AutoConfig.from_pretrained, "model", path, revision=revision, trust_remote_code=trust_remote_code)
+    return bool(config.is_encoder_decoder)
+
+
+def load_policy(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A language model, causal or encoder-decoder.
+
+    Raises:
+        ModelError: it cannot be loaded, or lacks weights.
+    """
+    where: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
+    kind = AutoModelForSeq2SeqLM if is_encoder_decoder(path, **where) else AutoModelForCausalLM
+    return _load_weights(kind, "model", path, **where)
 
 
 def load_reward_model(
@@ -306,16 +319,19 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
     from peft import LoraConfig, get_peft_model
     from transformers.pytorch_utils import Conv1D
 
-    causal = model.get_output_embeddings() is not None
+    if model.get_output_embeddings() is not None:
+        task, heads = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM", None
+    else:
+        task, heads = ("SEQ_CLS", ["score"]) if hasattr(model, "score") else ("FEATURE_EXTRACTION", None)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
         lora_dropout=0.0,
         target_modules="all-linear",
-        exclude_modules=None if causal else ["score"],
-        modules_to_save=None if causal else ["score"],
+        exclude_modules=heads,
+        modules_to_save=heads,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        task_type="CAUSAL_LM" if causal else "SEQ_CLS",
+        task_type=task,
     )
     with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a property under its old name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
@@ -326,6 +342,17 @@ def merge_lora(model: PeftModel) -> PreTrainedModel:
     """The plain model with the adapters added into its weights. ``model`` is used up by this."""
     merged: PreTrainedModel = model.merge_and_unload()
     return merged
+
+
+def save_adapter(model: PeftModel, directory: str | Path) -> None:
+    """Write the adapters by themselves, for ``PeftModel.from_pretrained`` over the model that they started from.
+
+    The place of that model on this machine is left out: it would mean nothing on another one.
+    """
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = None
+    model.save_pretrained(str(directory))
+    (Path(directory) / "README.md").unlink(missing_ok=True)  # a form for the hub, with nothing filled in
 
 
 def set_dropout_zero(model: nn.Module) -> None:
@@ -339,6 +366,17 @@ def set_dropout_zero(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
                 setattr(module, name, 0.0)
+
+
+def fuse_gelu(model: nn.Module) -> None:
+    """Compute the tanh form of GELU, where a model has it in eight small steps (GPT-2's ``gelu_new``), in one kernel.
+
+    The function is the same; its last bits are not.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 # --------------------------------------------------------------------------------------------------------------- saving

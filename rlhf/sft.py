@@ -18,6 +18,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from rlhf import models, training
+from rlhf.errors import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -58,7 +59,7 @@ def run(context: Context) -> dict[str, float]:
         logged after each epoch; ``sft/tokens``: response tokens of an epoch; ``sft/trainable_parameters``.
 
     Raises:
-        ModelError: the base model cannot be loaded.
+        ModelError: the base model cannot be loaded, or is an encoder-decoder.
         TrainingError: a loss or gradient is not finite.
     """
     config = context.config
@@ -67,6 +68,11 @@ def run(context: Context) -> dict[str, float]:
     base = context.base_model()
     tokenizer = models.load_tokenizer(base, **context.model_options(base))
     model: Any = models.load_policy(base, **context.model_options(base))
+    if model.config.is_encoder_decoder:
+        raise ModelError(
+            f"model {base!r} is an encoder-decoder ({model.config.model_type}), which the sft stage does not train; "
+            "leave it out with `sft: off` and start from a model that is fine-tuned already"
+        )
     if config.model.lora_rank:
         model = models.add_lora(model, config.model.lora_rank, config.model.lora_alpha)
     rows, held_out = (

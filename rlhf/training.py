@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -78,9 +78,33 @@ def device_of(resources: Resources) -> torch.device:
     return torch.device("cuda" if wants_cuda else "cpu")
 
 
-def uses_bf16(resources: Resources) -> bool:
-    """Whether forward passes run under bfloat16 autocast."""
-    return resources.precision == "bf16" or (resources.precision == "auto" and device_of(resources).type == "cuda")
+def mixed_precision(resources: Resources) -> Literal["no", "bf16", "fp16"]:
+    """The type under autocast, as accelerate calls it; with ``auto``, bf16 where there is CUDA and none elsewhere.
+
+    Raises:
+        ConfigError: fp16 is asked for and there is no CUDA device.
+    """
+    device = device_of(resources)
+    match resources.precision:
+        case "fp32":
+            return "no"
+        case "bf16":
+            return "bf16"
+        case "fp16":
+            if device.type != "cuda":
+                raise ConfigError(
+                    "resources.precision is `fp16`, which needs a CUDA device; set it to `bf16`, `fp32` or `auto`"
+                )
+            return "fp16"
+        case "auto":
+            return "bf16" if device.type == "cuda" else "no"
+
+
+def autocast(resources: Resources) -> torch.autocast:
+    """A context of forward passes in the precision that the configuration asks for."""
+    found = mixed_precision(resources)
+    dtype = torch.float16 if found == "fp16" else torch.bfloat16
+    return torch.autocast(device_of(resources).type, dtype, enabled=found != "no")
 
 
 # ------------------------------------------------------------------------------------------- Hugging Face Trainer
@@ -117,7 +141,8 @@ def training_arguments(cls: type[A], section: Supervised, context: Context, **ex
         seed=config.seed,
         data_seed=config.seed,
         use_cpu=device.type == "cpu",
-        bf16=uses_bf16(config.resources),
+        bf16=mixed_precision(config.resources) == "bf16",
+        fp16=mixed_precision(config.resources) == "fp16",
         use_cache=True,  # in the configuration that is saved; the trainers' own forward passes do without
         activation_checkpointing=config.model.gradient_checkpointing,
         dataloader_pin_memory=device.type == "cuda",

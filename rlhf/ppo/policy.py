@@ -1,27 +1,26 @@
-"""The one interface behind which the kinds of models hide: causal or not, full weights or LoRA adapters.
+"""Policies and value models: behind these hide causal models and encoder-decoders, full weights and LoRA adapters.
 
-The trainer deals in ``Sequences`` and packed results: one number per real response token, ``(N,)``, row after row,
-N the sum of ``response_lengths``. ``unpack`` puts them back into (B, T). An encoder-decoder would be two more classes
-here, a policy whose ``forward`` gives the prompt to the encoder and a decoder that keeps the encoder's output.
-
-Shapes: B rows, P tokens of the longest prompt, T of the longest response, L of the longest row, V vocabulary,
-d hidden size.
+The trainer deals in ``Sequences`` and packed results, one number per real response token, (N,). Shapes: B rows, P
+tokens of the longest prompt, T of the longest response, V vocabulary, d hidden size.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from rlhf.errors import ModelError
 from rlhf.ppo import core
+from rlhf.ppo.decoding import Kept
+from rlhf.ppo.sequences import Sequences
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,111 +28,75 @@ if TYPE_CHECKING:
 LOGITS_AT_ONCE = 2**26  # elements; 256 MB in float32
 
 
-class Sequences(NamedTuple):
-    """Prompts with their responses, each padded on the right; what is beyond a length is never looked at.
-
-    ``prompts`` (B, P) and ``responses`` (B, T) hold token ids, the lengths (B,) count real tokens, at least one each.
-    """
-
-    prompts: Tensor
-    prompt_lengths: Tensor
-    responses: Tensor
-    response_lengths: Tensor
-
-    @property
-    def mask(self) -> Tensor:
-        """(B, T), True for real response tokens."""
-        return prefix_mask(self.response_lengths, self.responses.shape[1])
-
-    @property
-    def lengths(self) -> Tensor:
-        """(B,) tokens of prompt and response together."""
-        return self.prompt_lengths + self.response_lengths
-
-    def select(self, rows: Tensor) -> Sequences:
-        """Some of the rows, with the columns that these need."""
-        prompt_lengths, response_lengths = self.prompt_lengths[rows], self.response_lengths[rows]
-        return Sequences(
-            self.prompts[rows, : int(prompt_lengths.max())],
-            prompt_lengths,
-            self.responses[rows, : int(response_lengths.max())],
-            response_lengths,
-        )
-
-
 class TokenStatistics(NamedTuple):
-    """Packed (N,): log-probabilities of the response tokens; entropies of their distributions, where asked for."""
+    """Packed (N,): log-probabilities of the response tokens; entropies of their distributions, where asked for; the
+    value before each token, where the policy has a value head."""
 
     logprobs: Tensor
     entropies: Tensor | None
+    values: Tensor | None
 
 
-class Decoder(Protocol):
-    """Next-token logits of a batch of growing sequences, in float32."""
+class Policy(nn.Module):
+    """A language model that writes responses: causal or encoder-decoder, with or without LoRA adapters.
 
-    def start(self) -> Tensor:
-        """Logits (B, V) of the first response token."""
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Append ``tokens`` (B,) and return the logits (B, V) of the next ones."""
-
-    def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only; B becomes their number."""
-
-
-def prefix_mask(lengths: Tensor, width: int) -> Tensor:
-    """(B,) -> (B, width), True in the first ``lengths[b]`` columns of row b."""
-    return torch.arange(width, device=lengths.device) < lengths[:, None]
-
-
-def unpack(packed: Tensor, mask: Tensor) -> Tensor:
-    """Packed (N,) -> (B, T): the numbers at the True positions of ``mask``, 0 elsewhere. Differentiable."""
-    return packed.new_zeros(mask.shape).masked_scatter(mask, packed)
-
-
-class CausalPolicy(nn.Module):
-    """A causal language model, with or without LoRA adapters.
-
-    Rows are padded on the right, where causal attention cannot look, so that a forward needs no mask, positions
-    count from 0, and the amount of padding cannot change a result.
+    With a ``value_head``, a layer from d to 1, it is its own value model.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, value_head: nn.Linear | None = None) -> None:
         super().__init__()
         self.model = model
+        self.value_head = value_head
+        self.static_decoders: Kept = {}
 
     @property
-    def causal(self) -> PreTrainedModel:
+    def language_model(self) -> PreTrainedModel:
         """The language model itself; its layers contain the adapters, if there are any."""
-        model = self.model
-        return model if isinstance(model, PreTrainedModel) else model.get_base_model()
-
-    def without_adapter(self) -> AbstractContextManager[None]:
-        """Within it, a LoRA policy is the model that its adapters started from."""
-        return nullcontext() if isinstance(self.model, PreTrainedModel) else self.model.disable_adapter()
+        return plain(self.model)
 
     def forward(self, sequences: Sequences, temperature: float, with_entropy: bool = False) -> TokenStatistics:
         """Log-probabilities of the response tokens at a sampling temperature. Logits are made at their places only."""
-        hidden = response_hidden(self.causal.base_model, sequences)
+        hidden = self.hidden(sequences)
         tokens = sequences.responses[sequences.mask]
 
         def statistics(hidden: Tensor, tokens: Tensor) -> tuple[Tensor, ...]:
-            logits = self.logits(hidden) / temperature
+            logits = self.logits(hidden, temperature)
             logprobs = core.token_logprobs(logits, tokens)
             return (logprobs, core.entropy(logits)) if with_entropy else (logprobs,)
 
-        parts = _in_chunks(statistics, hidden, tokens, self.causal.config.vocab_size)
-        return TokenStatistics(parts[0], parts[1] if with_entropy else None)
+        parts = _in_chunks(statistics, hidden, tokens, self.language_model.config.vocab_size)
+        return TokenStatistics(parts[0], parts[1] if with_entropy else None, self.values(hidden))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (N, d) -> logits (N, V) in float32, before any temperature."""
-        logits: Tensor = self.causal.get_output_embeddings()(hidden).float()
-        cap = getattr(self.causal.config, "final_logit_softcapping", None)  # Gemma 2
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+    def hidden(self, sequences: Sequences) -> Tensor:
+        """Hidden states (N, d) from which the response tokens are predicted."""
+        return response_hidden(self.language_model, sequences)
 
-    def decoder(self, prompts: Tensor, prompt_lengths: Tensor) -> Decoder:
-        """Start to generate from prompts (B, P), padded on the right, with these lengths (B,)."""
-        return CausalDecoder(self, prompts, prompt_lengths)
+    def logits(self, hidden: Tensor, temperature: float) -> Tensor:
+        """Hidden states (N, d) -> logits / temperature (N, V) in float32."""
+        model, config = self.language_model, self.language_model.config
+        head = model.get_output_embeddings()
+        if getattr(config, "scale_decoder_outputs", False):  # T5
+            hidden = hidden * config.d_model**-0.5
+        bias, cap = getattr(model, "final_logits_bias", None), getattr(config, "final_logit_softcapping", None)
+        if bias is None and cap is None and head.bias is None:
+            tempered: Tensor = head(hidden / temperature).float()  # d numbers a row to divide, in place of V
+            return tempered
+        logits: Tensor = head(hidden).float()
+        if bias is not None:  # BART
+            logits = logits + bias
+        if cap is not None:  # Gemma 2
+            logits = torch.tanh(logits / cap) * cap
+        return logits / temperature
+
+    def values(self, hidden: Tensor) -> Tensor | None:
+        """Hidden states (N, d) -> values (N,) in float32; None without a value head."""
+        return None if self.value_head is None else self.value_head(hidden).squeeze(-1).float()
+
+    def as_reference(self) -> Policy:
+        """A frozen policy that stays as this one is now. With LoRA it shares all weights and has its adapters off."""
+        if isinstance(self.model, PreTrainedModel):
+            return Policy(copy.deepcopy(self.model).requires_grad_(False).eval())
+        return WithoutAdapter(self.model)
 
     @torch.no_grad()
     def check(self) -> None:
@@ -142,101 +105,139 @@ class CausalPolicy(nn.Module):
         Raises:
             ModelError: they do not, e.g. since the architecture scales its logits.
         """
-        device, size = self.causal.device, min(self.causal.config.vocab_size, 97)
-        ids = torch.arange(1, 9, device=device)[None] % size
-        four = torch.tensor([4], device=device)
+        model = self.language_model
+        ids = torch.arange(1, 9, device=model.device)[None] % min(model.config.vocab_size, 97)
+        four = torch.tensor([4], device=model.device)
         sequences = Sequences(ids[:, :4], four, ids[:, 4:], four)
-        own = self.causal(input_ids=ids).logits[0, 3:-1].float().log_softmax(-1)
-        expected = own.gather(1, ids[0, 4:, None])[:, 0]
-        if not torch.allclose(self(sequences, 1.0).logprobs, expected, rtol=1e-3, atol=1e-3):
+        if model.config.is_encoder_decoder:
+            logits = model(input_ids=ids[:, :4], decoder_input_ids=_shifted(model, sequences)).logits[0]
+        else:
+            logits = model(input_ids=ids).logits[0, 3:-1]
+        own = logits.float().log_softmax(-1).gather(1, ids[0, 4:, None])[:, 0]
+        if not torch.allclose(self(sequences, 1.0).logprobs, own, rtol=1e-3, atol=1e-3):
             raise ModelError(
-                f"PPO does not know how a {self.causal.config.model_type} model makes its logits from hidden states; "
-                "take another model.path, or extend CausalPolicy.logits"
+                f"PPO does not know how a {model.config.model_type} model makes its logits from hidden states; "
+                "take another model.path, or extend Policy.logits"
             )
+
+
+class WithoutAdapter(Policy):
+    """A LoRA policy with its adapters off: the model that they started from, without a second copy in memory."""
+
+    def hidden(self, sequences: Sequences) -> Tensor:
+        """Hidden states (N, d) of the model under the adapters. The output layer has no adapter."""
+        with self._off():
+            return super().hidden(sequences)
+
+    def _off(self) -> AbstractContextManager[None]:
+        return nullcontext() if isinstance(self.model, PreTrainedModel) else self.model.disable_adapter()
 
 
 class ValueModel(nn.Module):
     """The expected score of the rest of a response, read like a reward model at every position.
 
+    Args:
+        model: a classifier whose layer ``score`` reads single tokens; or, with a ``head``, any model with hidden states
+            (for an encoder-decoder those of its decoder).
+        head: a layer from d to 1.
+
     The output is (logit - score_mean) / score_std with the numbers in the model's configuration (0 and 1 where
     there are none), so that one which starts from a reward model starts on the scale of its scores.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel) -> None:
+    def __init__(self, model: PreTrainedModel | PeftModel, head: nn.Linear | None = None) -> None:
         super().__init__()
         self.model = model
+        self.head = head
 
-    @property
-    def classifier(self) -> PreTrainedModel:
-        """The classifier itself; its layers contain the adapters, if there are any."""
-        model = self.model
-        return model if isinstance(model, PreTrainedModel) else model.get_base_model()
+    @classmethod
+    def like(cls, policy: Policy) -> ValueModel:
+        """One of the policy's architecture, with a copy of its weights and a new head: it predicts 0 everywhere.
+
+        Make it before the policy gets LoRA adapters.
+        """
+        model = copy.deepcopy(policy.language_model)
+        inputs = {id(p) for p in model.get_input_embeddings().parameters()}
+        for parameter in model.get_output_embeddings().parameters():
+            parameter.requires_grad_(id(parameter) in inputs)  # a value needs no output layer
+        return cls(model.base_model, zero_head(model))
 
     def forward(self, sequences: Sequences) -> Tensor:
-        """V(s_t), packed (N,): the value before each response token, from the hidden state of the token before it."""
-        hidden = response_hidden(self.classifier.base_model, sequences)
-        values: Tensor = self.classifier.score(hidden).squeeze(-1).float()
-        config = self.classifier.config
-        return (values - getattr(config, "score_mean", 0.0)) / getattr(config, "score_std", 1.0)
+        """V(s_t), packed (N,): the value before each response token."""
+        model = plain(self.model)
+        head = model.score if self.head is None else self.head
+        values: Tensor = head(response_hidden(model, sequences)).squeeze(-1).float()
+        return (values - getattr(model.config, "score_mean", 0.0)) / getattr(model.config, "score_std", 1.0)
 
 
-class CausalDecoder:
-    """Generation with a key-value cache. Prompts are padded on the left, so that all rows grow at the same column."""
+def zero_head(model: PreTrainedModel) -> nn.Linear:
+    """A new value head for a model: a layer from its hidden size to 1 that gives 0."""
+    head = nn.Linear(model.config.hidden_size, 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head.to(model.device)
 
-    def __init__(self, policy: CausalPolicy, prompts: Tensor, prompt_lengths: Tensor) -> None:
-        width = int(prompt_lengths.max())
-        self._policy = policy
-        self._mask = prefix_mask(prompt_lengths, width).flip(1)
-        self._ids = prompts.new_zeros(self._mask.shape).masked_scatter(
-            self._mask, prompts[prefix_mask(prompt_lengths, prompts.shape[1])]
-        )
-        self._positions = (self._mask.cumsum(1) - 1).clamp_min(0)
-        self._cache = DynamicCache(config=policy.causal.config)
 
-    def start(self) -> Tensor:
-        return self._forward(self._ids)
+def plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model itself; its layers contain the adapters, if there are any."""
+    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
-    def step(self, tokens: Tensor) -> Tensor:
-        self._mask = F.pad(self._mask, (0, 1), value=True)
-        self._positions = self._positions[:, -1:] + 1
-        return self._forward(tokens[:, None])
 
-    def keep(self, rows: Tensor) -> None:
-        self._mask, self._positions = self._mask[rows], self._positions[rows]
-        self._cache.batch_select_indices(rows)
+def response_hidden(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    """Hidden states (N, d) that predict the response tokens: those of the token before each of them.
 
-    def _forward(self, ids: Tensor) -> Tensor:
-        hidden = self._policy.causal.base_model(
-            input_ids=ids,
-            attention_mask=self._mask,
-            position_ids=self._positions,
-            past_key_values=self._cache,
-            use_cache=True,
+    A causal model reads prompt and response as one row, padded on the right where causal attention does not look: it
+    needs no mask, positions count from 0, and the amount of padding cannot change a bit. An encoder-decoder has the
+    prompt in its encoder, and the response, shifted by one, in its decoder.
+    """
+    if model.config.is_encoder_decoder:
+        seen = sequences.prompt_mask
+        encoded = model.get_encoder()(input_ids=_filled(sequences.prompts, seen), attention_mask=seen)
+        decoded: Tensor = model.get_decoder()(
+            input_ids=_shifted(model, sequences),
+            encoder_hidden_states=encoded.last_hidden_state,
+            encoder_attention_mask=seen,
+            use_cache=False,
         ).last_hidden_state
-        return self._policy.logits(hidden[:, -1])
-
-
-def response_hidden(trunk: nn.Module, sequences: Sequences) -> Tensor:
-    """Hidden states (N, d) that predict the response tokens: those of the token before each of them."""
-    ids, places = _joined(sequences)
-    # All True: a row's padding is after its end, where causal attention does not look.
+        return decoded[sequences.mask]
+    ids, places = sequences.joined()
     seen = torch.ones_like(ids, dtype=torch.bool)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    hidden: Tensor = trunk(
+    hidden: Tensor = model.base_model(
         input_ids=ids, attention_mask=seen, position_ids=positions, use_cache=False
     ).last_hidden_state
     return hidden.flatten(0, 1).index_select(0, places)
 
 
-def _joined(sequences: Sequences) -> tuple[Tensor, Tensor]:
-    """Rows of prompt and response (B, L), filled up with id 0; and the flat places (N,) that predict responses."""
-    start, end = sequences.prompt_lengths[:, None], sequences.lengths[:, None]
-    column = torch.arange(int(sequences.lengths.max()), device=start.device)
-    ids = sequences.prompts.new_zeros(len(start), len(column))
-    ids[column < start] = sequences.prompts[prefix_mask(sequences.prompt_lengths, sequences.prompts.shape[1])]
-    ids[(column >= start) & (column < end)] = sequences.responses[sequences.mask]
-    predicts = (column >= start - 1) & (column < end - 1)
-    return ids, predicts.flatten().nonzero()[:, 0]
+@torch.no_grad()
+def exact_kl(policy: Policy, reference: Policy, temperature: float, sequences: Sequences) -> Tensor:
+    """KL(policy || reference) in nats at each response token, packed (N,): exact over the vocabulary.
+
+    sum_v p(v) (log p(v) - log q(v)), p and q the two policies' tempered next-token distributions after the same
+    beginning. The sum over a sampled response estimates the KL of the two distributions over responses without bias,
+    as does the sum of log p - log q of the sampled tokens, but with far less variance and never below 0.
+    """
+    ours = policy.hidden(sequences)
+    theirs = ours if policy is reference else reference.hidden(sequences)
+    size = max(1, LOGITS_AT_ONCE // policy.language_model.config.vocab_size // 4)
+    parts = []
+    for p, q in zip(torch.split(ours, size), torch.split(theirs, size), strict=True):
+        log_p = policy.logits(p, temperature).log_softmax(-1)
+        log_q = reference.logits(q, temperature).log_softmax(-1)
+        parts.append(F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1).clamp_min(0.0))
+    return torch.cat(parts)
+
+
+def _filled(ids: Tensor, mask: Tensor) -> Tensor:
+    """Token ids with 0 where the mask is False: there may be anything, and an embedding looks up all of it."""
+    return ids.masked_fill(~mask, 0)
+
+
+def _shifted(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    """What a decoder reads, (B, T): its start token, then the response without its last token."""
+    responses = _filled(sequences.responses, sequences.mask)
+    start = torch.full_like(responses[:, :1], model.config.decoder_start_token_id)
+    return torch.cat([start, responses[:, :-1]], dim=1)
 
 
 def _in_chunks(

@@ -16,11 +16,16 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.ppo import batching
 from rlhf.ppo.batching import Prompts
 from rlhf.ppo.generation import generate
-from rlhf.ppo.policy import CausalPolicy, Sequences, unpack
+from rlhf.ppo.policy import Policy
+from rlhf.ppo.sequences import Sequences, unpack
+from rlhf.ppo.settings import Generation
 
 
 class Rollout(NamedTuple):
-    """Responses that the policy sampled. ``logprobs`` and ``entropies`` (B, T) are at the sampling temperature."""
+    """Responses that the policy sampled. ``logprobs`` and ``entropies`` (B, T) are at the sampling temperature.
+
+    ``values`` (B, T) are those of the policy's value head, None without one.
+    """
 
     prompts: Prompts
     responses: list[str]  # texts, without special tokens
@@ -28,13 +33,14 @@ class Rollout(NamedTuple):
     ended: Tensor  # (B,), whether the response has an end-of-sequence token
     logprobs: Tensor
     entropies: Tensor
+    values: Tensor | None
 
 
 class Scored(NamedTuple):
     """What the rewards, the reference and the value model say about a rollout."""
 
     raw_scores: Tensor  # (B,), the weighted sum as the rewards gave it
-    scores: Tensor  # (B,), after clipping and the rule for missing end-of-sequence
+    scores: Tensor  # (B,), after scaling, clipping and the rule for missing end-of-sequence
     components: dict[str, Tensor]  # name -> (B,), each reward before its weight
     ref_logprobs: Tensor  # (B, T)
     values: Tensor  # (B, T)
@@ -61,31 +67,39 @@ class Experience(NamedTuple):
 
 
 def collect(
-    policy: CausalPolicy,
+    policy: Policy,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Prompts,
     uniforms: Tensor,
     temperature: float,
     device: torch.device,
+    backend: Generation = "auto",
 ) -> Rollout:
     """Sample a response to each prompt. ``uniforms`` (B, limit) in [0, 1) decide the draws and the length limit."""
     ids, lengths = batching.pad(prompts.token_ids, device)
-    generated = generate(
-        policy, ids, lengths, uniforms.to(device), temperature, eos_token_id=int(tokenizer.eos_token_id)
-    )
+    generated = generate(policy, ids, lengths, uniforms.to(device), temperature, int(tokenizer.eos_token_id), backend)
     sequences = Sequences(ids, lengths, generated.responses, generated.lengths)
     tokens, counts = generated.responses.tolist(), generated.lengths.tolist()
     texts = tokenizer.batch_decode(
         [row[:count] for row, count in zip(tokens, counts, strict=True)], skip_special_tokens=True
     )
-    return Rollout(prompts, texts, sequences, generated.ended, generated.logprobs, generated.entropies)
+    tables = generated.logprobs, generated.entropies, generated.values
+    return Rollout(prompts, texts, sequences, generated.ended, *tables)
 
 
 @torch.no_grad()
 def per_token(forward: Callable[[Sequences], Tensor], sequences: Sequences, tokens_at_once: int) -> Tensor:
-    """Run a model that gives packed (N,) numbers over a rollout in micro-batches, without gradients. -> (B, T)."""
-    result = torch.zeros(sequences.responses.shape, device=sequences.responses.device)
+    """Run a model over a rollout in micro-batches, without gradients.
+
+    ``forward`` gives packed numbers, (N,) or several planes of them, (K, N); the result is (B, T) or (K, B, T).
+    """
+    result: Tensor | None = None
     for rows in batching.micro_batches(sequences.lengths, tokens_at_once):
         part = sequences.select(rows)
-        result[rows, : part.responses.shape[1]] = unpack(forward(part).float(), part.mask)
+        packed = forward(part).float()
+        if result is None:
+            result = packed.new_zeros(*packed.shape[:-1], *sequences.responses.shape)
+        tables = torch.stack([unpack(plane, part.mask) for plane in packed.reshape(-1, packed.shape[-1])])
+        result[..., rows, : part.responses.shape[1]] = tables.reshape(*packed.shape[:-1], *part.mask.shape)
+    assert result is not None  # there is at least one row
     return result

@@ -9,12 +9,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf import models, rewards, training
 from rlhf.errors import DataError
+from rlhf.ppo import state
 from rlhf.ppo.batching import Prompts
-from rlhf.ppo.policy import CausalPolicy, ValueModel
+from rlhf.ppo.policy import Policy, ValueModel, plain, zero_head
 from rlhf.ppo.state import Sample
 from rlhf.ppo.trainer import Trainer
 
@@ -24,14 +26,17 @@ if TYPE_CHECKING:
 
 
 def run(context: Context) -> dict[str, float]:
-    """Train; write ``model/`` (adapters merged), ``value_model/`` and two tables; return final metrics.
+    """Train and write; return final metrics.
 
+    ``model/`` is the policy, adapters merged (the best evaluated one, with evaluations); ``adapter/`` the LoRA adapters
+    by themselves. ``value_model/`` is a classifier; a value head on other models is ``value/head.safetensors``, with
+    the model that it sits on in ``value/model/`` unless that is the policy. ``state/`` is what a training goes on from.
     ``samples.parquet`` has the columns update, prompt, response and score; ``curves.parquet`` one row for each update:
     step, and the metrics that the report draws.
 
     Raises:
         ModelError: a model cannot be loaded, or PPO cannot train it.
-        ConfigError: a reward function cannot be loaded.
+        ConfigError: a reward function cannot be loaded, or options do not go together.
         DataError: there are no prompts, or one leaves no room for a response.
         RewardError: a reward failed.
         TrainingError: a score, loss or gradient is not finite.
@@ -42,40 +47,63 @@ def run(context: Context) -> dict[str, float]:
     accelerator = make_accelerator(config.resources)
     where = context.model_options(context.sft_model())
     tokenizer = models.load_tokenizer(context.sft_model(), **where)
-    base = models.load_policy(context.sft_model(), **where)
+    policy = Policy(models.load_policy(context.sft_model(), **where))
+    policy.check()
+    encoder = policy.language_model.config.is_encoder_decoder
+    value_model = _value_model(context, policy) if config.ppo.value_model == "separate" else None
+    policy.model = _trainable(policy.model, config)
+    if value_model is None:
+        policy.value_head = zero_head(policy.language_model)
+    else:
+        value_model.model = _trainable(value_model.model, config)
     reward_model = _reward_model(context, accelerator.device)
+    held_out = context.input("prepare/prompts/validation.parquet") if config.ppo.eval_every else None
     trainer = Trainer(
         settings=config.ppo,
-        policy=CausalPolicy(_trainable(base, config)),
-        value_model=ValueModel(_trainable(_value_model(context), config)),
+        policy=policy,
+        value_model=value_model,
         rewards=rewards.make_rewards(config.ppo.rewards, reward_model),
-        prompts=load_prompts(context.input("prepare/prompts/train.parquet"), tokenizer),
+        prompts=load_prompts(context.input("prepare/prompts/train.parquet"), tokenizer, encoder),
+        held_out=None if held_out is None else load_prompts(held_out, tokenizer, encoder),
         tokenizer=tokenizer,
         accelerator=accelerator,
         tracker=context.tracker,
         checkpoints=context.checkpoints,
         seed=config.seed,
-        reference=None if config.model.lora_rank else _reference(context),
     )
-    trainer.policy.check()
-    check_room(trainer.prompts, config.ppo.max_new_tokens, base)
+    for prompts in filter(None, (trainer.prompts, trainer.held_out)):
+        check_room(prompts, config.ppo.max_new_tokens, policy.language_model)
     finals = trainer.train()
     if accelerator.is_main_process:
-        models.save(_plain(trainer.policy.model), tokenizer, context.out / "model")
-        models.save(_plain(trainer.value_model.model), tokenizer, context.out / "value_model")
-        write_samples(context.out / "samples.parquet", trainer.progress.samples)
-        write_curves(context.out / "curves.parquet", trainer.progress.history)
+        save(trainer, context.out)
     return finals
 
 
+def save(trainer: Trainer, out: Path) -> None:
+    """Write everything that the stage leaves."""
+    policy, value_model, tokenizer = trainer.policy, trainer.value_model, trainer.tokenizer
+    state.export(trainer.checkpoints, out / "state")
+    head = policy.value_head if value_model is None else value_model.head
+    if value_model is not None:
+        folder = out / "value_model" if head is None else out / "value" / "model"
+        models.save(_merged(value_model.model), tokenizer, folder)
+    if head is not None:
+        (out / "value").mkdir(exist_ok=True)
+        save_file(head.state_dict(), out / "value" / "head.safetensors")
+    if not isinstance(policy.model, PreTrainedModel):
+        models.save_adapter(policy.model, out / "adapter")
+    models.save(_merged(policy.model), tokenizer, out / "model")
+    write_samples(out / "samples.parquet", trainer.progress.samples)
+    write_curves(out / "curves.parquet", trainer.progress.history)
+
+
 def make_accelerator(resources: Resources) -> Accelerator:
-    """Device and precision of the forward passes; with ``auto``, bf16 where there is CUDA and float32 elsewhere."""
-    device = training.device_of(resources)
-    low = resources.precision == "bf16" or (resources.precision == "auto" and device.type == "cuda")
-    return Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if low else "no")
+    """Device and precision of the forward passes."""
+    cpu = training.device_of(resources).type == "cpu"
+    return Accelerator(cpu=cpu, mixed_precision=training.mixed_precision(resources))
 
 
-def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> Prompts:
+def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, encoder: bool = False) -> Prompts:
     """Read a prompts file; the columns beside ``prompt`` are for the rewards.
 
     Raises:
@@ -84,8 +112,10 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> Prompts:
     columns: dict[str, list[Any]] = pq.read_table(path).to_pydict()
     texts = columns.pop("prompt")
     if not texts:
-        raise DataError(f"{path} has no row, so there is nothing to train on; lower data.test_fraction")
-    token_ids = models.prompt_token_ids(tokenizer, texts)
+        raise DataError(
+            f"{path} has no row, so there is nothing to work on; change data.validation_fraction or test_fraction"
+        )
+    token_ids = models.prompt_token_ids(tokenizer, texts, encoder)
     for row, ids in enumerate(token_ids):
         if not ids:
             raise DataError(f"{path}, row {row}: the prompt {texts[row]!r} has no token; take it out")
@@ -101,6 +131,8 @@ def check_room(prompts: Prompts, new_tokens: int, model: PreTrainedModel) -> Non
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(range(len(prompts)), key=lambda row: len(prompts.token_ids[row]))
     tokens = len(prompts.token_ids[longest])
+    if model.config.is_encoder_decoder:  # its two halves have the limit each
+        tokens, new_tokens = max(tokens, new_tokens), 0
     if limit is not None and tokens + new_tokens > limit:
         raise DataError(
             f"prompts/train, row {longest}: {tokens} prompt tokens and ppo.max_new_tokens {new_tokens} are more than "
@@ -121,14 +153,13 @@ def write_curves(path: Path, history: dict[str, list[float]]) -> None:
     pq.write_table(pa.table({"step": list(range(1, updates + 1)), **history}), path)
 
 
-def _value_model(context: Context) -> PreTrainedModel:
+def _value_model(context: Context, policy: Policy) -> ValueModel:
+    if policy.language_model.config.is_encoder_decoder:
+        return ValueModel.like(policy)
     reward = context.input("reward/model") if context.has("reward/model") else None
-    return models.value_model_from(context.sft_model(), reward, **context.model_options(context.sft_model()))
-
-
-def _reference(context: Context) -> CausalPolicy:
-    where = context.model_options(context.sft_model())
-    return CausalPolicy(models.load_policy(context.sft_model(), **where).requires_grad_(False))
+    return ValueModel(
+        models.value_model_from(context.sft_model(), reward, **context.model_options(context.sft_model()))
+    )
 
 
 def _reward_model(context: Context, device: torch.device) -> rewards.RewardModel | None:
@@ -136,18 +167,17 @@ def _reward_model(context: Context, device: torch.device) -> rewards.RewardModel
         return None
     path, trusted = context.input("reward/model"), context.config.model.trust_remote_code
     model = models.load_reward_model(path, trust_remote_code=trusted).to(device).eval().requires_grad_(False)
+    models.fuse_gelu(model)
     return rewards.RewardModel(model, models.load_tokenizer(path, trust_remote_code=trusted))
 
 
-def _trainable(model: PreTrainedModel, config: PipelineConfig) -> Any:
-    """The model as PPO trains it: no dropout, adapters if the configuration says so."""
-    models.set_dropout_zero(model)
+def _trainable(model: Any, config: PipelineConfig) -> Any:
+    """The model as PPO trains it: with adapters and gradient checkpointing if the configuration says so."""
     if config.model.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return models.add_lora(model, config.model.lora_rank, config.model.lora_alpha) if config.model.lora_rank else model
 
 
-def _plain(model: Any) -> PreTrainedModel:
+def _merged(model: Any) -> PreTrainedModel:
     """The trained model with its adapters, if any, merged."""
-    plain: PreTrainedModel = model if isinstance(model, PreTrainedModel) else models.merge_lora(model)
-    return plain
+    return plain(model) if isinstance(model, PreTrainedModel) else models.merge_lora(model)

@@ -7,6 +7,7 @@ Learning rates, the order of the prompts and all random numbers are functions of
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +20,13 @@ from torch import Tensor, nn
 from rlhf import checkpoints
 from rlhf.errors import ArtifactError
 from rlhf.ppo.batching import Prompts
+from rlhf.ppo.core import Running
+from rlhf.ppo.heldout import Best
+from rlhf.ppo.learner import Learner
+from rlhf.ppo.policy import Policy
 
+BEST = "best"  # folder of the best evaluated policy, among the checkpoints
+CONTROLLERS = "controllers.json"
 REMEMBERED = ("reward_mean", "score_mean", "kl", "response_length_mean", "eos_rate")
 
 
@@ -34,9 +41,16 @@ class Sample(NamedTuple):
 
 @dataclass
 class Progress:
-    """What an update leaves behind besides weights. ``saved`` is the update of the last checkpoint, 0 for none."""
+    """What an update leaves behind besides weights. ``saved`` is the update of the last checkpoint, 0 for none.
+
+    ``lr_scale`` is what ``lr_target_kl`` has made of the policy's learning rate, ``scores`` what ``scale_scores``
+    knows.
+    """
 
     kl_coef: float
+    lr_scale: float = 1.0
+    scores: Running = field(default_factory=Running)
+    best: Best | None = None
     update: int = 0
     saved: int = 0
     history: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in REMEMBERED})
@@ -48,23 +62,25 @@ class Progress:
             values.append(metrics[f"ppo/{name}"])
 
 
-def save(
-    directory: Path, policy: nn.Module, value_model: nn.Module, optimizer: Any, progress: Progress, mark: int
-) -> None:
+def save(directory: Path, learner: Learner, progress: Progress, mark: int) -> None:
     """Write the checkpoint of ``progress.update``; ``mark`` is the tracker's position."""
     progress.saved = progress.update
 
     def write(path: Path) -> None:
-        save_file(_trainable(policy), path / "policy.safetensors")
-        save_file(_trainable(value_model), path / "value_model.safetensors")
-        torch.save(optimizer.state_dict(), path / "optimizer.pt")
-        record = {"mark": mark, "progress": asdict(progress)}
-        (path / "progress.json").write_text(json.dumps(record), encoding="utf-8")
+        for name, model in _models(learner).items():
+            save_file(_trainable(model), path / f"{name}.safetensors")
+        torch.save(learner.optimizer.state_dict(), path / "optimizer.pt")
+        _write_json(path / "progress.json", {"mark": mark, "progress": asdict(progress)})
+        scaler = learner.accelerator.scaler
+        controllers = {"kl_coef": progress.kl_coef, "lr_scale": progress.lr_scale, "scores": progress.scores}
+        _write_json(path / CONTROLLERS, controllers | {"loss_scaler": None if scaler is None else scaler.state_dict()})
 
     checkpoints.save(directory, progress.update, write)
+    if progress.best is not None:  # this checkpoint knows it, so that no earlier one will be asked for
+        checkpoints.prune(directory / BEST, keep=1)
 
 
-def restore(directory: Path, policy: nn.Module, value_model: nn.Module, optimizer: Any) -> tuple[Progress, int] | None:
+def restore(directory: Path, learner: Learner) -> tuple[Progress, int] | None:
     """Load the newest checkpoint that verifies into models and optimizer; its progress and the tracker's mark.
 
     Raises:
@@ -73,13 +89,66 @@ def restore(directory: Path, policy: nn.Module, value_model: nn.Module, optimize
     path = checkpoints.latest(directory)
     if path is None:
         return None
-    _load_into(policy, path / "policy.safetensors")
-    _load_into(value_model, path / "value_model.safetensors")
-    optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+    load(path, learner)
     record = json.loads((path / "progress.json").read_text(encoding="utf-8"))
     progress = Progress(**record["progress"])
+    progress.scores = Running(*progress.scores)
+    progress.best = None if progress.best is None else Best(*progress.best)
     progress.samples = [Sample(*row) for row in progress.samples]
     return progress, int(record["mark"])
+
+
+def load(path: Path, learner: Learner) -> Progress:
+    """Load weights, optimizer and controllers, from a checkpoint or what ``export`` wrote; the progress starts anew.
+
+    Raises:
+        ArtifactError: they are of other models.
+    """
+    for name, model in _models(learner).items():
+        _load_into(model, path / f"{name}.safetensors")
+    learner.optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+    controllers = json.loads((path / CONTROLLERS).read_text(encoding="utf-8"))
+    scaler, saved = learner.accelerator.scaler, controllers["loss_scaler"]
+    if scaler is not None and saved is not None:
+        scaler.load_state_dict(saved)
+    return Progress(controllers["kl_coef"], controllers["lr_scale"], Running(*controllers["scores"]))
+
+
+def export(directory: Path, target: Path) -> None:
+    """Copy from the newest checkpoint what another training can go on from (``Trainer.start_from``)."""
+    path = checkpoints.latest(directory)
+    assert path is not None  # a training that has ended has saved
+    target.mkdir()
+    for file in (*path.glob("*.safetensors"), path / "optimizer.pt", path / CONTROLLERS):
+        shutil.copyfile(file, target / file.name)
+
+
+def save_best(directory: Path, policy: Policy, update: int) -> None:
+    """Keep the policy of an update as the best so far. Earlier ones go when a checkpoint knows of this one."""
+    checkpoints.save(
+        directory / BEST, update, lambda path: save_file(_trainable(policy), path / "policy.safetensors"), keep=update
+    )
+
+
+def load_best(directory: Path, policy: Policy, best: Best) -> None:
+    """Load the weights that were kept.
+
+    Raises:
+        ArtifactError: they are not there any more, or damaged.
+    """
+    path = directory / BEST / f"checkpoint-{best.update}"
+    if reason := checkpoints.problem(path):
+        raise ArtifactError(f"the best policy, {path}, cannot be used: {reason}; delete {directory} to train anew")
+    _load_into(policy, path / "policy.safetensors")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value), encoding="utf-8")
+
+
+def _models(learner: Learner) -> dict[str, nn.Module]:
+    both: dict[str, nn.Module | None] = {"policy": learner.policy, "value_model": learner.value_model}
+    return {name: model for name, model in both.items() if model is not None}
 
 
 def drop_damaged(directory: Path) -> None:

@@ -2,35 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf.ppo import core
+from rlhf.ppo.learner import Step
 from rlhf.ppo.rollout import Experience, Rollout, Scored
+from rlhf.ppo.settings import Settings
 from rlhf.ppo.state import Progress, Sample
 
-if TYPE_CHECKING:
-    from rlhf.config import Ppo
-
 SAMPLES = 16  # rows of one table
-
-
-class Step(NamedTuple):
-    """One optimizer step. All but the last two are means over the response tokens of the minibatch."""
-
-    policy_loss: float
-    value_loss: float
-    approx_kl: float  # nats per token
-    clip_fraction: float
-    value_clip_fraction: float
-    ratio_mean: float
-    ratio_max: float
-    grad_norm: float  # before clipping
 
 
 def metrics(
@@ -43,9 +29,10 @@ def metrics(
     """The metrics that are functions of the seed.
 
     ``ppo/reward_*`` are of an episode's sum of rewards before any whitening, ``ppo/score_*`` of its score as it went
-    into them, ``ppo/reward/<name>`` of one component before its weight; ``ppo/kl`` is in nats per sequence, by
-    the unbiased k1 whatever estimator the rewards use. The advantages are those before whitening. What comes
-    from the optimizer steps is averaged over them (``ratio_max`` is the maximum).
+    into them, ``ppo/reward/<name>`` of one component before its weight; ``ppo/kl`` is in nats per sequence, by the
+    unbiased k1 whatever estimator the rewards use, and ``ppo/kl_stderr`` its standard error. The advantages are those
+    before whitening. What comes from the optimizer steps is averaged over them (``ratio_max`` is the maximum;
+    ``grad_norm`` leaves overflows out).
     """
     mask = rollout.sequences.mask
     every = torch.ones_like(rollout.ended)  # episodes have no mask
@@ -65,6 +52,7 @@ def metrics(
         "score_mean": mean(scored.scores),
         "score_std": spread(scored.scores),
         "kl": mean(kl),
+        "kl_stderr": spread(kl) / math.sqrt(total(every.sum()).item()),
         "entropy": core.moments(rollout.entropies, mask, total).mean.item(),
         "explained_variance": core.explained_variance(scored.values, experience.returns, mask, total).item(),
         "advantage_mean": advantages.mean.item(),
@@ -73,8 +61,11 @@ def metrics(
         "eos_rate": mean(rollout.ended),
     }
     result |= {f"reward/{name}": mean(values.to(mask.device)) for name, values in scored.components.items()}
-    result |= {name: average(values) for name, values in zip(Step._fields, zip(*steps, strict=True), strict=True)}
+    columns = zip(Step._fields[:-1], zip(*steps, strict=True), strict=False)
+    result |= {name: average(values) for name, values in columns}
     result["ratio_max"] = max(step.ratio_max for step in steps)
+    norms = [step.grad_norm for step in steps if not step.overflow]
+    result["grad_norm"] = average(norms) if norms else math.nan
     return {f"ppo/{name}": value for name, value in result.items()}
 
 
@@ -94,11 +85,15 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def finals(progress: Progress, settings: Ppo) -> dict[str, float]:
+def finals(progress: Progress, settings: Settings) -> dict[str, float]:
     """The metrics of the whole training: means over the last tenth of its updates, at least one."""
     last = max(1, settings.updates // 10)
     result = {f"ppo/final_{name}": average(values[-last:]) for name, values in progress.history.items()}
     result["ppo/final_kl_coef"] = progress.kl_coef
+    if progress.best is not None:
+        result["ppo/best_update"] = float(progress.best.update)
+        result[f"ppo/best_{settings.best_metric}"] = progress.best.value
+        result["ppo/best_kl"] = progress.best.kl
     result["ppo/updates"] = float(settings.updates)
     result["ppo/episodes"] = float(settings.updates * settings.episodes)
     return result
@@ -108,12 +103,6 @@ def samples(update: int, rollout: Rollout, scored: Scored) -> list[Sample]:
     """The first rows of a rollout, for people to read."""
     rows = zip(rollout.prompts.texts, rollout.responses, scored.scores.tolist(), strict=True)
     return [Sample(update, prompt, response, score) for prompt, response, score in rows][:SAMPLES]
-
-
-def unchanged(mask: Tensor) -> core.PolicyLoss:
-    """The policy's part while only the value model learns: every ratio is 1."""
-    zero = torch.zeros((), device=mask.device)
-    return core.PolicyLoss(zero, zero, zero, mask.sum(), torch.ones((), device=mask.device))
 
 
 def average(values: Sequence[float]) -> float:

@@ -6,62 +6,72 @@ the tokens or episodes of all of them as denominator.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.errors import ConfigError, TrainingError
-from rlhf.ppo import batching, core, state, summary
+from rlhf import models
+from rlhf.errors import ConfigError, RewardError, TrainingError
+from rlhf.ppo import batching, core, heldout, state, summary
 from rlhf.ppo.batching import Prompts
-from rlhf.ppo.policy import CausalPolicy, ValueModel, unpack
+from rlhf.ppo.learner import Learner, Step
+from rlhf.ppo.policy import Policy, ValueModel
 from rlhf.ppo.rollout import Experience, Rollout, Scored, collect, per_token
-from rlhf.ppo.summary import Step
+from rlhf.ppo.sequences import Sequences
+from rlhf.ppo.settings import Settings
 from rlhf.rewards import Rewards
-
-if TYPE_CHECKING:
-    from rlhf.config import Ppo
-    from rlhf.tracker import Tracker
+from rlhf.tracker import NullTracker, Tracker
 
 
 @dataclass
 class Trainer:
     """PPO of ``policy`` against ``rewards``, held near ``reference``.
 
-    ``settings`` is the section ``ppo`` of the configuration, or anything with its attributes. Without a
-    ``reference`` it is the policy with its LoRA adapter off. ``checkpoints`` is where the state goes, and, when
-    something is not finite, the batch. Dropout must be off in all models (``models.set_dropout_zero``).
+    Args:
+        settings: the options; ``rlhf.config.Ppo``, a section of the pipeline's configuration, has them too.
+        value_model: None where the policy has a value head (``settings.value_model`` says which of the two).
+        checkpoints: where the state goes, and, when something is not finite, the batch. A training that finds its
+            own checkpoints there goes on from them.
+        reference: None is the policy as it is when training starts; with LoRA, its adapters off.
+        start_from: the ``state`` of an earlier training of the same models: its weights, optimizer and controllers.
+        held_out: prompts of the evaluations that ``settings.eval_every`` asks for.
     """
 
-    settings: Ppo
-    policy: CausalPolicy
-    value_model: ValueModel
+    settings: Settings
+    policy: Policy
+    value_model: ValueModel | None
     rewards: Rewards
     prompts: Prompts
     tokenizer: PreTrainedTokenizerBase
-    accelerator: Accelerator
-    tracker: Tracker
     checkpoints: Path
-    seed: int
-    reference: CausalPolicy | None = None
+    reference: Policy | None = None
+    start_from: Path | None = None
+    held_out: Prompts | None = None
+    seed: int = 0
+    accelerator: Accelerator = field(default_factory=Accelerator)
+    tracker: Tracker = field(default_factory=NullTracker)
     progress: state.Progress = field(init=False)
+    learner: Learner = field(init=False)
     seconds: dict[str, float] = field(init=False, default_factory=dict)
 
     # ---------------------------------------------------------------------------------------------------- the algorithm
     def train(self) -> dict[str, float]:
         """Run all updates, from the last good checkpoint if there is one. Returns the final metrics.
 
+        With evaluations, the policy is the best evaluated one afterwards.
+
         Raises:
+            ConfigError: settings and models do not go together.
+            RewardError: a reward failed; the batch is saved under ``checkpoints``.
             TrainingError: a score, loss or gradient is not finite; the batch is saved under ``checkpoints``.
-            RewardError: a reward function failed.
         """
         self.prepare()
         self.restore()
@@ -69,6 +79,7 @@ class Trainer:
             self.record(self.step(update))
             if update % self.settings.checkpoint_every == 0 or update == self.settings.updates:
                 self.save()
+        self.take_best()
         return summary.finals(self.progress, self.settings)
 
     def step(self, update: int) -> dict[str, float]:
@@ -81,7 +92,8 @@ class Trainer:
         with self.timed("optimise"):
             experience = self.advantages(rollout, scored)
             steps = self.optimise(experience, update)
-        return self.finish(update, rollout, scored, experience, steps)
+        metrics = self.finish(update, rollout, scored, experience, steps)
+        return metrics | self.evaluate(update)
 
     def rollout(self, update: int) -> Rollout:
         """Sample a response to each of this process's prompts of the update."""
@@ -91,29 +103,39 @@ class Trainer:
         uniforms = torch.rand(s.episodes, s.max_new_tokens, generator=generator)[mine]
         with self.accelerator.autocast():
             rollout = collect(
-                self.policy, self.tokenizer, self.prompts.select(rows), uniforms, s.temperature, self.device
+                self.policy,
+                self.tokenizer,
+                self.prompts.select(rows),
+                uniforms,
+                s.temperature,
+                self.device,
+                s.generation,
             )
-            if self.accelerator.mixed_precision == "no":
-                return rollout
-            # In low precision, a forward over whole rows gives other numbers than decoding did, and the first
-            # ratio would not be 1: take the old log-probabilities as the update will compute the new ones.
-            logprobs = per_token(
-                lambda part: self.policy(part, s.temperature).logprobs, rollout.sequences, s.micro_batch_tokens
-            )
-        return rollout._replace(logprobs=logprobs)
+            missing = self.policy.value_head is not None and rollout.values is None
+            if self.accelerator.mixed_precision != "no" or missing:
+                # In low precision, a forward over whole rows gives other numbers than decoding did, and the first
+                # ratio would not be 1: take the old log-probabilities as the update will compute the new ones.
+                planes = per_token(self._logprobs_and_values, rollout.sequences, s.micro_batch_tokens)
+                rollout = rollout._replace(logprobs=planes[0], values=planes[1] if len(planes) > 1 else None)
+        if not self.finite(rollout.logprobs[rollout.sequences.mask]):
+            self.fail(update, "log-probability", rollout=rollout._asdict())
+        return rollout
 
     def score(self, rollout: Rollout, update: int) -> Scored:
         """Ask the rewards, the reference and the value model."""
-        s, sequences = self.settings, rollout.sequences
+        s, sequences, reference = self.settings, rollout.sequences, self.reference
+        assert reference is not None  # prepare
         tokens = s.micro_batch_tokens * (4 if self.device.type == "cuda" else 1)  # no gradients: less memory a token
         with self.accelerator.autocast(), torch.no_grad():
-            raw, components = self.rewards(rollout.prompts.texts, rollout.responses, rollout.prompts.columns)
-            raw = raw.to(self.device)
-            with self.policy.without_adapter() if self.reference is None else nullcontext():
-                reference = self.reference or self.policy
-                ref_logprobs = per_token(lambda part: reference(part, s.temperature).logprobs, sequences, tokens)
-            values = per_token(self.value_model, sequences, tokens)
-        scores = core.episode_scores(raw, rollout.ended, s.score_clip, s.missing_eos, s.missing_eos_value)
+            raw, components = self.ask_rewards(rollout, update)
+            ref_logprobs = per_token(lambda part: reference(part, s.temperature).logprobs, sequences, tokens)
+            values = rollout.values if self.value_model is None else per_token(self.value_model, sequences, tokens)
+        assert values is not None  # prepare: there is a value model or a value head
+        std = 1.0
+        if s.scale_scores:
+            self.progress.scores = self.progress.scores.joined_by(raw, self.total)
+            std = self.progress.scores.std
+        scores = core.episode_scores(raw / std, rollout.ended, s.score_clip, s.missing_eos, s.missing_eos_value)
         scored = Scored(raw, scores, components, ref_logprobs, values)
         for name, tensor in (("score", scores), ("reference", ref_logprobs), ("value", values)):
             if not self.finite(tensor):
@@ -137,75 +159,46 @@ class Trainer:
             whitened = core.whiten(experience.advantages, mask, total=self.total)
             experience = experience._replace(advantages=whitened)
         shuffle = batching.generator(self.seed, "shuffle", update, self.accelerator.process_index)
-        self.set_learning_rates(update)
-        self.policy.train()  # dropout is 0; gradient checkpointing works in training mode only
-        self.value_model.train()
+        self.learner.set_learning_rates(*self.learning_rates(update))
         steps: list[Step] = []
-        try:
+        with self.learner.learning():
             for _ in range(s.epochs):
                 for rows in torch.randperm(count, generator=shuffle).chunk(s.minibatches):
-                    steps.append(self.backward(experience, rows.to(self.device), update))
+                    rows = rows.to(self.device)
+                    steps.append(self.learner.backward(experience, rows, policy_learns=update > s.warmup_updates))
+                    if not steps[-1].finite:
+                        self.fail(update, "loss or gradient", experience=experience._asdict(), rows=rows)
                     if s.early_stop_kl is not None and steps[-1].approx_kl > 1.5 * s.early_stop_kl:
                         return steps  # this last one is looked at, not taken
-                    self.optimizer.step()
-                    self.optimizer.zero_grad()
-        finally:
-            self.optimizer.zero_grad()
-            self.policy.eval()
-            self.value_model.eval()
+                    self.learner.step()
         assert len(steps) == s.epochs * s.minibatches
         return steps
 
-    def backward(self, experience: Experience, rows: Tensor, update: int) -> Step:
-        """Gradients of one minibatch, clipped, and what there is to say about it.
-
-        Losses are summed over the response tokens of the minibatch and divided by their number, over all
-        micro-batches and processes, so that neither changes the gradient.
-        """
-        s, learns = self.settings, update > self.settings.warmup_updates
-        tokens = self.total(experience.sequences.response_lengths[rows].sum())
-        scale = self.accelerator.num_processes / tokens  # DDP averages gradients over the processes
-        sums, ratio_max = torch.zeros(6, device=self.device), torch.zeros((), device=self.device)
-        micro_batches = batching.micro_batches(experience.sequences.lengths[rows], s.micro_batch_tokens)
-        for i, micro in enumerate(micro_batches):
-            part = experience.select(rows[micro])
-            with self.synchronised(i + 1 == len(micro_batches)):
-                policy = self.policy_loss(part, scale) if learns else summary.unchanged(part.sequences.mask)
-                ratio_max = torch.maximum(ratio_max, policy.ratio_max)
-                value = self.value_loss(part, scale)
-            parts = (policy.loss, value.loss, policy.approx_kl, policy.clipped, value.clipped, policy.ratio)
-            sums += torch.stack([x.detach().to(sums.dtype) for x in parts])
-        norm = self.accelerator.clip_grad_norm_(self.parameters, s.max_grad_norm)
-        largest = self.accelerator.gather(ratio_max).max()
-        step = Step(*torch.stack([*(self.total(sums) / tokens), largest, torch.as_tensor(norm).to(largest)]).tolist())
-        if not all(map(math.isfinite, step)):
-            self.fail(update, "loss or gradient", experience=experience._asdict(), rows=rows)
-        return step
-
-    def policy_loss(self, part: Experience, scale: Tensor) -> core.PolicyLoss:
-        """The clipped objective of one micro-batch, and its backward pass."""
-        s, mask = self.settings, part.sequences.mask
-        with_entropy = s.entropy_coef > 0.0
-        tokens = self.wrapped_policy(part.sequences, s.temperature, with_entropy)
-        result = core.policy_loss(unpack(tokens.logprobs, mask), part.logprobs, part.advantages, mask, s.clip_range)
-        bonus = s.entropy_coef * tokens.entropies.sum() if with_entropy else 0.0
-        self.accelerator.backward((result.loss - bonus) * scale)
-        return result
-
-    def value_loss(self, part: Experience, scale: Tensor) -> core.ValueLoss:
-        """The value loss of one micro-batch, and its backward pass: two graphs, never both in memory."""
-        s, mask = self.settings, part.sequences.mask
-        values = unpack(self.wrapped_value(part.sequences), mask)
-        result = core.value_loss(values, part.values, part.returns, mask, s.value_clip_range)
-        self.accelerator.backward(s.value_coef * result.loss * scale)
-        return result
+    def evaluate(self, update: int) -> dict[str, float]:
+        """Every ``eval_every`` updates: metrics on held-out prompts, and the policy kept if it is the best so far."""
+        s = self.settings
+        if not s.eval_every or (update % s.eval_every and update != s.updates):
+            return {}
+        assert self.held_out is not None  # prepare
+        assert self.reference is not None
+        with self.timed("evaluate"), self.accelerator.autocast():
+            metrics = heldout.metrics(
+                s, self.policy, self.reference, self.rewards, self.held_out, self.tokenizer, self.seed, self.accelerator
+            )
+        best = heldout.better(metrics, update, s, self.progress.best)
+        if best is not None:
+            self.progress.best = best
+            if self.accelerator.is_main_process:
+                state.save_best(self.checkpoints, self.policy, update)
+        metrics = {f"ppo/eval/{name}": value for name, value in metrics.items()}
+        return metrics | {"ppo/seconds/evaluate": self.seconds.pop("evaluate")}
 
     # ------------------------------------------------------------------------------------------------------ bookkeeping
     def prepare(self) -> None:
-        """Put everything on its device and make the optimizer.
+        """Put everything on its device, turn dropout off, and make the optimizer.
 
         Raises:
-            ConfigError: the episodes do not divide into the processes and minibatches.
+            ConfigError: settings and models do not go together.
         """
         s, accelerator = self.settings, self.accelerator
         shares = accelerator.num_processes * s.minibatches
@@ -214,21 +207,22 @@ class Trainer:
                 f"ppo.episodes {s.episodes} must be a multiple of processes * minibatches = "
                 f"{accelerator.num_processes} * {s.minibatches}"
             )
+        shared = s.value_model == "shared"
+        if (self.policy.value_head is not None, self.value_model is None) != (shared, shared):
+            raise ConfigError(
+                f"ppo.value_model is `{s.value_model}`: `separate` needs a value model and a policy without a value "
+                "head, `shared` a policy with one and no value model"
+            )
+        if s.eval_every:
+            heldout.check(s, self.held_out, self.rewards, accelerator.num_processes)
+        if self.reference is None:
+            self.reference = self.policy.as_reference()
         for model in (self.policy, self.value_model, self.reference):
             if model is not None:
+                models.set_dropout_zero(model)
+                models.fuse_gelu(model)
                 model.to(self.device).eval()
-        self.trainable = [[p for p in m.parameters() if p.requires_grad] for m in (self.policy, self.value_model)]
-        self.parameters = [p for group in self.trainable for p in group]
-        optimizer = torch.optim.AdamW(
-            [{"params": group} for group in self.trainable],
-            lr=s.learning_rate,
-            eps=s.adam_eps,
-            weight_decay=s.weight_decay,
-            fused=self.device.type in {"cpu", "cuda"},
-        )
-        self.wrapped_policy, self.wrapped_value, self.optimizer = accelerator.prepare(
-            self.policy, self.value_model, optimizer
-        )
+        self.learner = Learner(s, accelerator, self.policy, self.value_model)
         self.progress = state.Progress(kl_coef=s.kl_coef)
 
     @property
@@ -238,32 +232,34 @@ class Trainer:
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum over all processes."""
-        return tensor if self.accelerator.num_processes == 1 else self.accelerator.reduce(tensor, "sum")
+        return self.learner.total(tensor)
 
     def finite(self, tensor: Tensor) -> bool:
         """Whether all numbers are finite, in every process."""
         return bool(self.total((~torch.isfinite(tensor)).sum()).item() == 0)
 
-    def learning_rate(self, update: int, peak: float | None = None) -> float:
-        """The policy's learning rate in an update: constant, or falling on a line from its peak towards 0."""
+    def ask_rewards(self, rollout: Rollout, update: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum (B,) of the rewards, and each component (B,).
+
+        Raises:
+            RewardError: one failed; the batch is saved.
+        """
+        try:
+            raw, components = self.rewards(rollout.prompts.texts, rollout.responses, rollout.prompts.columns)
+        except RewardError as error:
+            path = self.keep_batch(update, rollout=rollout._asdict())
+            raise RewardError(f"ppo update {update}: {error}. The batch is in {path} (torch.load)") from error
+        return raw.to(self.device), components
+
+    def learning_rates(self, update: int) -> tuple[float, float]:
+        """Rates of policy and value model in an update: constant, or falling on a line from their peaks towards 0.
+
+        The policy's is also scaled by what ``lr_target_kl`` has learnt.
+        """
         s = self.settings
         share = 1.0 - (update - 1) / s.updates if s.schedule == "linear" else 1.0
-        return (s.learning_rate if peak is None else peak) * share
-
-    def set_learning_rates(self, update: int) -> None:
-        """Set the optimizer's two rates. There is no scheduler whose state could be lost."""
-        peaks = (self.settings.learning_rate, self.settings.value_learning_rate)
-        for group, peak in zip(self.optimizer.param_groups, peaks, strict=True):
-            group["lr"] = self.learning_rate(update, peak)
-
-    @contextmanager
-    def synchronised(self, last: bool) -> Iterator[None]:
-        """Within it, backward passes exchange gradients between the processes only at a minibatch's last one."""
-        if last:
-            yield
-        else:
-            with self.accelerator.no_sync(self.wrapped_policy), self.accelerator.no_sync(self.wrapped_value):
-                yield
+        value = s.learning_rate if s.value_learning_rate is None else s.value_learning_rate
+        return s.learning_rate * share * self.progress.lr_scale, value * share
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
@@ -277,17 +273,21 @@ class Trainer:
     def finish(
         self, update: int, rollout: Rollout, scored: Scored, experience: Experience, steps: list[Step]
     ) -> dict[str, float]:
-        """An update's metrics, and what it leaves behind for the next ones: the KL coefficient, the samples."""
+        """An update's metrics, and what it leaves behind for the next ones: controllers and samples."""
         s, progress = self.settings, self.progress
         metrics = summary.metrics(rollout, scored, experience, steps, self.total)
         metrics |= summary.timings(self.seconds, self.total(rollout.sequences.response_lengths.sum()).item())
-        metrics |= {"ppo/kl_coef": progress.kl_coef, "ppo/learning_rate": self.learning_rate(update)}
+        metrics |= {"ppo/kl_coef": progress.kl_coef, "ppo/learning_rate": self.learning_rates(update)[0]}
         metrics["ppo/grad_clip_fraction"] = summary.average([step.grad_norm > s.max_grad_norm for step in steps])
+        if self.accelerator.scaler is not None:
+            metrics["ppo/loss_scale"] = self.accelerator.scaler.get_scale()
+            metrics["ppo/overflows"] = float(sum(step.overflow for step in steps))
         progress.update = update
         if s.kl_control == "adaptive":
-            progress.kl_coef = core.next_kl_coef(
-                progress.kl_coef, metrics["ppo/kl"], s.kl_target, s.episodes, s.kl_horizon
-            )
+            kl = metrics["ppo/kl"]
+            progress.kl_coef = core.next_kl_coef(progress.kl_coef, kl, s.kl_target, s.episodes, s.kl_horizon)
+        if s.lr_target_kl is not None and update > s.warmup_updates:
+            progress.lr_scale = core.next_lr_scale(progress.lr_scale, metrics["ppo/approx_kl"], s.lr_target_kl)
         if update % s.log_samples_every == 0 or update == s.updates:
             progress.samples += summary.samples(update, rollout, scored)
         return metrics
@@ -308,14 +308,14 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint from which ``restore`` goes on exactly."""
         if self.accelerator.is_main_process:
-            state.save(
-                self.checkpoints, self.policy, self.value_model, self.optimizer, self.progress, self.tracker.mark()
-            )
+            state.save(self.checkpoints, self.learner, self.progress, self.tracker.mark())
         self.accelerator.wait_for_everyone()
 
     def restore(self) -> None:
-        """Take up the newest good checkpoint, if there is one."""
-        found = state.restore(self.checkpoints, self.policy, self.value_model, self.optimizer)
+        """Take up the newest good checkpoint, if there is one, else what ``start_from`` names."""
+        found = state.restore(self.checkpoints, self.learner)
+        if found is None and self.start_from is not None:
+            self.progress = state.load(self.start_from, self.learner)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             state.drop_damaged(self.checkpoints)
@@ -323,16 +323,32 @@ class Trainer:
             self.progress, mark = found
             self.tracker.rewind(mark)
 
+    def take_best(self) -> None:
+        """Give the policy the weights of the best evaluation, if there was one within the KL budget."""
+        self.accelerator.wait_for_everyone()
+        if self.progress.best is not None:
+            state.load_best(self.checkpoints, self.policy, self.progress.best)
+
+    def keep_batch(self, update: int, **batch: Any) -> Path:
+        """Save a batch for inspection."""
+        path = self.checkpoints / f"failed-update-{update}-process-{self.accelerator.process_index}.pt"
+        state.save_batch(path, batch)
+        return path
+
     def fail(self, update: int, what: str, **batch: Any) -> None:
         """Save the batch for inspection and stop.
 
         Raises:
             TrainingError: always.
         """
-        path = self.checkpoints / f"failed-update-{update}-process-{self.accelerator.process_index}.pt"
-        state.save_batch(path, batch)
+        path = self.keep_batch(update, **batch)
         raise TrainingError(
             f"ppo update {update}: a {what} is not finite. The batch is in {path} (torch.load), and the last good "
             f"checkpoint, of update {self.progress.saved}, is kept. Lower ppo.learning_rate or ppo.max_grad_norm, or "
             "look at the reward of that batch"
         )
+
+    def _logprobs_and_values(self, part: Sequences) -> Tensor:
+        """Packed, (1, N), or (2, N) where the policy has a value head."""
+        found = self.policy(part, self.settings.temperature)
+        return torch.stack([found.logprobs] if found.values is None else [found.logprobs, found.values])

@@ -90,9 +90,9 @@ def test_set_threads() -> None:
 def test_device_of(monkeypatch: pytest.MonkeyPatch, device: Any, there: bool, expected: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     assert training.device_of(Resources(device=device)) == torch.device(expected)
-    assert training.uses_bf16(Resources(device=device)) == (expected == "cuda")
-    assert training.uses_bf16(Resources(device=device, precision="bf16"))
-    assert not training.uses_bf16(Resources(device=device, precision="fp32"))
+    assert training.mixed_precision(Resources(device=device)) == ("bf16" if expected == "cuda" else "no")
+    assert training.mixed_precision(Resources(device=device, precision="bf16")) == "bf16"
+    assert training.mixed_precision(Resources(device=device, precision="fp32")) == "no"
 
 
 def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
