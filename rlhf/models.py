@@ -368,6 +368,20 @@ def set_dropout_zero(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
+@contextmanager
+def configured_dropout_off(model: nn.Module) -> Iterator[None]:
+    """Within it, the dropouts that a model's configuration names are 0: Falcon reads its own there, at every step."""
+    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    were = [(c, {k: v for k, v in vars(c).items() if isinstance(v, float) and "drop" in k}) for c in configs.values()]
+    for config, names in were:
+        vars(config).update(dict.fromkeys(names, 0.0))
+    try:
+        yield
+    finally:
+        for config, names in were:
+            vars(config).update(names)
+
+
 def fuse_gelu(model: nn.Module) -> None:
     """Compute the tanh form of GELU, where a model has it in eight small steps (GPT-2's ``gelu_new``), in one kernel.
 

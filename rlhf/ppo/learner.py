@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
+from rlhf import models
 from rlhf.ppo import batching, core
 from rlhf.ppo.policy import Policy, ValueModel
 from rlhf.ppo.rollout import Experience
@@ -73,15 +74,14 @@ class Learner:
     @contextmanager
     def learning(self) -> Iterator[None]:
         """Training mode: dropout is 0 in both modes, but gradient checkpointing works in this one only."""
-        both = [model for model in (self.policy, self.value_model) if model is not None]
-        for model in both:
-            model.train()
+        both = nn.ModuleList([model for model in (self.policy, self.value_model) if model is not None])
+        both.train()
         try:
-            yield
+            with models.configured_dropout_off(both):
+                yield
         finally:
             self.optimizer.zero_grad()
-            for model in both:
-                model.eval()
+            both.eval()
 
     def backward(self, experience: Experience, rows: Tensor, policy_learns: bool = True) -> Step:
         """Gradients of one minibatch, clipped.

@@ -115,7 +115,8 @@ class Trainer:
             if self.accelerator.mixed_precision != "no" or missing:
                 # In low precision, a forward over whole rows gives other numbers than decoding did, and the first
                 # ratio would not be 1: take the old log-probabilities as the update will compute the new ones.
-                planes = per_token(self._logprobs_and_values, rollout.sequences, s.micro_batch_tokens)
+                with self.learner.learning():
+                    planes = per_token(self._logprobs_and_values, rollout.sequences, s.micro_batch_tokens)
                 rollout = rollout._replace(logprobs=planes[0], values=planes[1] if len(planes) > 1 else None)
         if not self.finite(rollout.logprobs[rollout.sequences.mask]):
             self.fail(update, "log-probability", rollout=rollout._asdict())
@@ -349,6 +350,11 @@ class Trainer:
         )
 
     def _logprobs_and_values(self, part: Sequences) -> Tensor:
-        """Packed, (1, N), or (2, N) where the policy has a value head."""
-        found = self.policy(part, self.settings.temperature)
-        return torch.stack([found.logprobs] if found.values is None else [found.logprobs, found.values])
+        """Packed, (1, N), or (2, N) where the policy has a value head.
+
+        With a graph that nobody uses: attention has other kernels where there is none.
+        """
+        with torch.enable_grad():
+            found = self.policy(part, self.settings.temperature)
+        planes = [found.logprobs] if found.values is None else [found.logprobs, found.values]
+        return torch.stack([plane.detach() for plane in planes])

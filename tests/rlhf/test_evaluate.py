@@ -20,7 +20,8 @@ from rlhf import evaluate, report
 from rlhf.config import PipelineConfig
 from rlhf.context import Context
 from rlhf.errors import ConfigError, DataError, RewardError
-from rlhf.ppo.policy import CausalPolicy, Sequences, unpack
+from rlhf.ppo.policy import Policy
+from rlhf.ppo.sequences import Sequences, unpack
 from rlhf.tracker import NullTracker
 
 PROMPTS = 24
@@ -254,7 +255,7 @@ def test_greedy_takes_the_likeliest_token_whatever_the_seed(inputs: dict[str, Pa
 
 def test_kl_is_the_sum_over_tokens_of_the_exact_kl(inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     policy, reference = (
-        CausalPolicy(GPT2LMHeadModel.from_pretrained(inputs[name] / "model").eval()) for name in ("ppo", "sft")
+        Policy(GPT2LMHeadModel.from_pretrained(inputs[name] / "model").eval()) for name in ("ppo", "sft")
     )
     generator = torch.Generator().manual_seed(0)
     prompts, responses = (torch.randint(1, 300, (3, width), generator=generator) for width in (5, 4))

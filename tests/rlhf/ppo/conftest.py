@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,16 +12,32 @@ import torch
 from accelerate import Accelerator
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    FalconConfig,
+    GPT2Config,
+    GPTBigCodeConfig,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+)
 
-from rlhf.config import Ppo
-from rlhf.models import add_lora, random_model, score_head, set_dropout_zero
+from rlhf.models import add_lora, score_head
 from rlhf.ppo.batching import Prompts
-from rlhf.ppo.policy import CausalPolicy, Sequences, ValueModel
+from rlhf.ppo.policy import Policy, ValueModel, zero_head
+from rlhf.ppo.sequences import Sequences
+from rlhf.ppo.settings import Settings
 from rlhf.ppo.trainer import Trainer
 from rlhf.rewards import FunctionScorer, Rewards
 from rlhf.tracker import NullTracker
 
+ARCHITECTURES = ("gpt2", "llama", "falcon", "gpt_bigcode", "t5")
+SPREAD = {"gpt2": 8.0, "llama": 8.0, "falcon": 8.0, "gpt_bigcode": 8.0, "t5": 1.0}  # of random weights
+EOS = {"gpt2": 5.0, "llama": 8.0, "falcon": 3.0, "gpt_bigcode": -8.0, "t5": 5.0}  # its row of the output layer
 WORDS = ["the cat sat", "a dog ran far away", "rain", "one two three four five six", "no", "tea at noon"]
 
 
@@ -47,27 +62,63 @@ def tokenizer(separate_pad: bool = True) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token=pad)
 
 
+def configuration(architecture: str) -> PreTrainedConfig:
+    """Two layers of width 16 with two heads. There is dropout, as in many published models: training turns it off."""
+    common: dict[str, Any] = {"vocab_size": 270, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1}
+    gpt: dict[str, Any] = {"n_layer": 2, "n_embd": 16, "n_head": 2, "n_positions": 64, "attn_pdrop": 0.1}
+    other: dict[str, Any] = {"num_hidden_layers": 2, "hidden_size": 16, "num_attention_heads": 2}
+    match architecture:
+        case "gpt2":
+            return GPT2Config(**common, **gpt)
+        case "gpt_bigcode":
+            return GPTBigCodeConfig(**common, **gpt)
+        case "llama":
+            shape = {"intermediate_size": 32, "num_key_value_heads": 1, "max_position_embeddings": 64}
+            return LlamaConfig(**common, **other, **shape)
+        case "falcon":
+            return FalconConfig(**common, **other, hidden_dropout=0.1, alibi=False)
+        case "t5":
+            shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+            return T5Config(**common, **shape, decoder_start_token_id=1)
+    raise ValueError(architecture)
+
+
 def policy_model(architecture: str = "gpt2", seed: int = 0) -> PreTrainedModel:
-    """A tiny causal model: distributions far from uniform, and some responses that end early."""
+    """A tiny language model: distributions far from uniform, and some responses that end early."""
     torch.manual_seed(seed)
-    shape: Any = SimpleNamespace(architecture=architecture, layers=2, width=16, heads=2, context=64)
-    model = random_model(shape, tokenizer())
+    config = configuration(architecture)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model: PreTrainedModel = kind.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
-                parameter.mul_(8.0)
-        model.get_input_embeddings().weight[tokenizer().eos_token_id].mul_(5.0)
-    return model
+                parameter.mul_(SPREAD[architecture])
+        model.get_output_embeddings().weight[0].mul_(EOS[architecture])
+    return model.eval()
 
 
 def value_model(architecture: str = "gpt2", seed: int = 1) -> PreTrainedModel:
     """A tiny classifier with one output."""
-    config = policy_model(architecture).config
+    config = configuration(architecture)
     config.num_labels = 1
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForSequenceClassification.from_config(config)
     torch.nn.init.normal_(score_head(model).weight, std=0.3)
-    return model
+    return model.eval()
+
+
+def make_value(architecture: str, lora: int) -> ValueModel:
+    """A value model: a classifier, or, for an encoder-decoder, a head on its decoder."""
+    if architecture == "t5":
+        value = ValueModel.like(Policy(policy_model(architecture, seed=1)))
+        assert value.head is not None
+        torch.manual_seed(1)
+        torch.nn.init.normal_(value.head.weight, std=0.3)
+    else:
+        value = ValueModel(value_model(architecture))
+    if lora:
+        value.model = add_lora(value.model, lora, 8.0)
+    return value
 
 
 def odd(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
@@ -75,10 +126,9 @@ def odd(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     return [sum(ord(c) % 2 for c in response) / (len(response) + 1) for response in responses]
 
 
-def settings(**changes: Any) -> Ppo:
+def settings(**changes: Any) -> Settings:
     """A small section ``ppo``."""
     small: dict[str, Any] = {
-        "rewards": {"some_module:odd": 1.0},
         "updates": 4,
         "episodes": 8,
         "epochs": 2,
@@ -87,7 +137,7 @@ def settings(**changes: Any) -> Ppo:
         "checkpoint_every": 2,
         "log_samples_every": 2,
     }
-    return Ppo(**(small | changes))
+    return Settings(**(small | changes))
 
 
 def sequences(lengths: Sequence[tuple[int, int]], seed: int = 0, vocabulary: int = 270) -> Sequences:
@@ -122,12 +172,12 @@ class Recorder(NullTracker):
 def weights(trainer: Trainer) -> dict[str, Tensor]:
     """Copies of all weights of policy and value model."""
     both = {"policy": trainer.policy, "value": trainer.value_model}
-    return {f"{k}.{n}": p.detach().clone() for k, m in both.items() for n, p in m.named_parameters()}
+    return {f"{k}.{n}": p.detach().clone() for k, m in both.items() if m is not None for n, p in m.named_parameters()}
 
 
 def gradients(trainer: Trainer) -> Tensor:
     """The gradients of all weights that learn, in one vector."""
-    return torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])
+    return torch.cat([p.grad.flatten() for p in trainer.learner.parameters if p.grad is not None])
 
 
 def first_update(trainer: Trainer) -> dict[str, Any]:
@@ -135,9 +185,9 @@ def first_update(trainer: Trainer) -> dict[str, Any]:
     trainer.prepare()
     rollout = trainer.rollout(1)
     experience = trainer.advantages(rollout, trainer.score(rollout, 1))
-    numbers = trainer.backward(experience, torch.arange(len(rollout.responses)), update=1)
+    numbers = trainer.learner.backward(experience, torch.arange(len(rollout.responses)))
     gradient = gradients(trainer)
-    trainer.optimizer.zero_grad()
+    trainer.learner.optimizer.zero_grad()
     return {"gradient": gradient, "numbers": list(numbers), "metrics": trainer.step(1)}
 
 
@@ -150,27 +200,26 @@ def new_trainer(
     **changes: Any,
 ) -> Trainer:
     """A trainer, always with the same initial weights; ``changes`` are to its settings."""
-    policy, value = policy_model(architecture), value_model(architecture)
-    tokens = tokenizer(separate_pad)
-    reference = None if lora else CausalPolicy(policy_model(architecture).requires_grad_(False))
-    wrapped: list[Any] = [policy, value]
-    if lora:
-        torch.manual_seed(2)
-        wrapped = [add_lora(policy, lora, 8.0), add_lora(value, lora, 8.0)]
-    for model in wrapped:
-        set_dropout_zero(model)
+    chosen, tokens = settings(**changes), tokenizer(separate_pad)
+    model: Any = policy_model(architecture)
+    torch.manual_seed(2)
+    policy = Policy(add_lora(model, lora, 8.0) if lora else model)
+    value = None if chosen.value_model == "shared" else make_value(architecture, lora)
+    if value is None:
+        policy.value_head = zero_head(policy.language_model)
+        torch.nn.init.normal_(policy.value_head.weight, std=0.3)
     return Trainer(
-        settings=settings(**changes),
-        policy=CausalPolicy(wrapped[0]),
-        value_model=ValueModel(wrapped[1]),
+        settings=chosen,
+        policy=policy,
+        value_model=value,
         rewards=Rewards({"odd": (1.0, FunctionScorer(reward, "odd"))}),
         prompts=Prompts(WORDS, tokens(WORDS)["input_ids"], {"id": list(range(len(WORDS)))}),
+        held_out=Prompts(WORDS[::-1], tokens(WORDS[::-1])["input_ids"], {"id": list(range(len(WORDS)))}),
         tokenizer=tokens,
         accelerator=Accelerator(cpu=True),
         tracker=Recorder(),
         checkpoints=checkpoints,
         seed=3,
-        reference=reference,
     )
 
 
@@ -181,7 +230,8 @@ class Tiny:
     tokenizer: Callable[..., PreTrainedTokenizerFast] = tokenizer
     policy_model: Callable[..., PreTrainedModel] = policy_model
     value_model: Callable[..., PreTrainedModel] = value_model
-    settings: Callable[..., Ppo] = settings
+    make_value: Callable[..., ValueModel] = make_value
+    settings: Callable[..., Settings] = settings
     sequences: Callable[..., Sequences] = sequences
     recorder: Callable[[], Recorder] = Recorder
     weights: Callable[[Trainer], dict[str, Tensor]] = weights
@@ -215,3 +265,16 @@ def experience() -> Callable[..., Any]:
         return trainer.advantages(rollout, trainer.score(rollout, update))
 
     return of
+
+
+@pytest.fixture
+def shifted() -> Callable[[Trainer], None]:
+    """Moves a prepared trainer's policy away from its reference, as some updates would."""
+
+    def shift(trainer: Trainer) -> None:
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in trainer.learner.trainable[0]:
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+
+    return shift

@@ -22,7 +22,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from rlhf.models import random_model, score_head
 from rlhf.ppo.batching import Prompts
-from rlhf.ppo.policy import CausalPolicy, Sequences, ValueModel
+from rlhf.ppo.policy import Policy, ValueModel
+from rlhf.ppo.sequences import Sequences
 from rlhf.ppo.trainer import Trainer
 from rlhf.rewards import Rewards
 
@@ -41,7 +42,7 @@ def score(prompts: Sequence[str], responses: Sequence[str], columns: Any) -> lis
     return [REWARDS[response] for response in responses]
 
 
-def distribution(policy: CausalPolicy) -> Tensor:
+def distribution(policy: Policy) -> Tensor:
     """Probabilities of all 21 responses."""
     count = len(RESPONSES)
     padded = torch.tensor([(*response, 0)[:2] for response in RESPONSES])
@@ -75,7 +76,7 @@ def total_variation(p: Tensor, q: Tensor) -> float:
 
 def test_ppo_approaches_the_known_optimum(tiny: Any, tmp_path: Path) -> None:
     assert len(REWARDS) == len(RESPONSES) == 21
-    reference = CausalPolicy(make_policy())
+    reference = Policy(make_policy())
     config = make_policy().config
     config.num_labels = 1
     value = AutoModelForSequenceClassification.from_config(config)
@@ -94,7 +95,7 @@ def test_ppo_approaches_the_known_optimum(tiny: Any, tmp_path: Path) -> None:
             value_coef=1.0,
             checkpoint_every=1000,
         ),
-        policy=CausalPolicy(make_policy()),
+        policy=Policy(make_policy()),
         value_model=ValueModel(value),
         rewards=Rewards({"table": (1.0, score)}),
         prompts=Prompts(["a"], [[1]], {}),

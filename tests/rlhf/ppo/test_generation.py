@@ -12,13 +12,14 @@ from rlhf.models import add_lora
 from rlhf.ppo import generation
 from rlhf.ppo.batching import pad
 from rlhf.ppo.generation import Generated, generate, sample
-from rlhf.ppo.policy import CausalPolicy, Sequences
+from rlhf.ppo.policy import Policy
+from rlhf.ppo.sequences import Sequences
 
-ARCHITECTURES = ["gpt2", "llama"]
+ARCHITECTURES = ["gpt2", "llama", "falcon", "gpt_bigcode", "t5"]
 LIMIT = 9
 
 
-def run(tiny: Any, policy: CausalPolicy, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Generated]:
+def run(tiny: Any, policy: Policy, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Generated]:
     """Responses to the test prompts, four of each."""
     tokenizer = tiny.tokenizer()
     prompts, lengths = pad((tokenizer(list(tiny.words))["input_ids"] * 4)[rows])
@@ -30,7 +31,7 @@ def run(tiny: Any, policy: CausalPolicy, rows: slice = slice(None)) -> tuple[Ten
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logprobs_of_sampled_tokens_are_those_of_a_plain_forward(architecture: str, lora: bool, tiny: Any) -> None:
     model = tiny.policy_model(architecture)
-    policy = CausalPolicy(add_lora(model, 2, 8.0) if lora else model).eval()
+    policy = Policy(add_lora(model, 2, 8.0) if lora else model).eval()
     prompts, lengths, found = run(tiny, policy)
     sequences = Sequences(prompts, lengths, found.responses, found.lengths)
     with torch.no_grad():
@@ -46,7 +47,7 @@ def test_a_row_is_sampled_alike_alone_and_among_others(
     architecture: str, tiny: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither left padding nor dropping finished rows reaches the other rows."""
-    policy = CausalPolicy(tiny.policy_model(architecture)).eval()
+    policy = Policy(tiny.policy_model(architecture)).eval()
     _, _, together = run(tiny, policy)
     monkeypatch.setattr(generation, "DROP_FINISHED_AT", 2.0)  # never
     _, _, undropped = run(tiny, policy)
@@ -62,7 +63,7 @@ def test_a_row_is_sampled_alike_alone_and_among_others(
 
 
 def test_a_response_ends_at_its_first_end_of_sequence(tiny: Any) -> None:
-    _, _, found = run(tiny, CausalPolicy(tiny.policy_model()).eval())
+    _, _, found = run(tiny, Policy(tiny.policy_model()).eval())
     eos = tiny.tokenizer().eos_token_id
     assert found.ended.any()
     assert not found.ended.all()
@@ -93,9 +94,9 @@ def test_generation_stops_when_every_row_has_ended(tiny: Any) -> None:
 
 def test_the_models_own_generation_settings_are_not_used(tiny: Any) -> None:
     model = tiny.policy_model()
-    expected = run(tiny, CausalPolicy(model).eval())[2]
+    expected = run(tiny, Policy(model).eval())[2]
     model.generation_config.update(top_k=1, temperature=3.0, repetition_penalty=9.0, max_new_tokens=1)
-    assert torch.equal(run(tiny, CausalPolicy(model).eval())[2].responses, expected.responses)
+    assert torch.equal(run(tiny, Policy(model).eval())[2].responses, expected.responses)
 
 
 def test_sample_inverts_the_distribution_function() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,8 @@ from accelerate.state import AcceleratorState
 
 from rlhf.ppo.trainer import Trainer
 
-ARCHITECTURES = ["gpt2", "llama"]
+ARCHITECTURES = ["gpt2", "llama", "falcon", "gpt_bigcode", "t5"]
+KINDS = list(itertools.product(ARCHITECTURES, [0, 2], ["separate", "shared"]))  # architecture, LoRA rank, value model
 MakeTrainer = Callable[..., Trainer]
 
 
@@ -23,44 +25,75 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 # ----------------------------------------------------------------------------------------------------------- invariants
-@pytest.mark.parametrize("lora", [0, 2])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_first_step_starts_at_ratio_one(architecture: str, lora: int, make_trainer: MakeTrainer) -> None:
-    trainer = make_trainer(architecture, lora=lora, epochs=1)
+@pytest.mark.parametrize(("architecture", "lora", "value"), KINDS)
+def test_the_first_step_starts_at_ratio_one(
+    architecture: str, lora: int, value: str, make_trainer: MakeTrainer, shifted: Callable[[Trainer], None]
+) -> None:
+    trainer = make_trainer(architecture, lora=lora, value_model=value, epochs=1)
     trainer.prepare()
-    with torch.no_grad():  # the policy differs from its reference, as after some updates
-        for parameter in trainer.trainable[0]:
-            parameter.add_(0.01 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    shifted(trainer)
     metrics = trainer.step(1)
     assert abs(metrics["ppo/ratio_mean"] - 1.0) < 1e-5
     assert abs(metrics["ppo/ratio_max"] - 1.0) < 1e-5
     assert metrics["ppo/approx_kl"] == pytest.approx(0.0, abs=1e-9)
     assert metrics["ppo/clip_fraction"] == 0.0
     assert metrics["ppo/value_clip_fraction"] == 0.0
-    assert metrics["ppo/kl"] != 0.0
+    assert abs(metrics["ppo/kl"]) > 1e-4
 
 
 @pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_gradients_do_not_depend_on_micro_batches_or_padding(
-    architecture: str,
-    entropy_coef: float,
-    make_trainer: MakeTrainer,
-    experience: Any,
+@pytest.mark.parametrize(("architecture", "lora", "value"), KINDS)
+def test_gradients_do_not_depend_on_micro_batches(
+    architecture: str, lora: int, value: str, entropy_coef: float, make_trainer: MakeTrainer, experience: Any
 ) -> None:
+    """Of rows as they are, and with much more padding, too."""
     found = {}
     for budget in (16384, 40, 1):  # one micro-batch, several, one row each
-        trainer = make_trainer(architecture, micro_batch_tokens=budget, entropy_coef=entropy_coef, max_grad_norm=1e9)
+        trainer = make_trainer(
+            architecture,
+            lora=lora,
+            value_model=value,
+            micro_batch_tokens=budget,
+            entropy_coef=entropy_coef,
+            max_grad_norm=1e9,
+        )
         trainer.prepare()
         batch = experience(trainer)
-        shifted = batch._replace(logprobs=batch.logprobs + 0.1, values=batch.values - 0.1)  # ratios other than 1
-        numbers = trainer.backward(shifted, torch.arange(8), update=1)
-        found[budget] = torch.cat([p.grad.flatten() for p in trainer.parameters]), torch.tensor(numbers)
-    lengths = batch.sequences.response_lengths
-    assert len(set(lengths.tolist())) > 1
+        batch = batch._replace(logprobs=batch.logprobs + 0.1, values=batch.values - 0.1)  # ratios other than 1
+        numbers = trainer.learner.backward(batch, torch.arange(8))
+        found[budget] = gradient_of(trainer), torch.tensor(numbers)
+    assert len(set(batch.sequences.lengths.tolist())) > 3
     for budget in (40, 1):
         assert relative_difference(found[budget][0], found[16384][0]) < 1e-5
         torch.testing.assert_close(found[budget][1], found[16384][1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("filler", [0, 7, 10**9])  # the last is no token at all: it must never be looked up
+@pytest.mark.parametrize(("architecture", "lora", "value"), KINDS)
+def test_gradients_do_not_depend_on_padding(
+    architecture: str, lora: int, value: str, filler: int, make_trainer: MakeTrainer, experience: Any
+) -> None:
+    trainer = make_trainer(architecture, lora=lora, value_model=value, max_grad_norm=1e9)
+    trainer.prepare()
+    batch = experience(trainer)
+    s = batch.sequences
+    prompts, responses = (torch.nn.functional.pad(ids, (0, 9)) for ids in (s.prompts, s.responses))
+    wide = s._replace(prompts=prompts, responses=responses)
+    wide = wide._replace(
+        prompts=torch.where(wide.prompt_mask, prompts, filler), responses=torch.where(wide.mask, responses, filler)
+    )
+    tables = (torch.nn.functional.pad(table, (0, 9), value=math.nan) for table in batch[1:])
+    found = []
+    for one in (batch, type(batch)(wide, *tables)):
+        step = trainer.learner.backward(one._replace(values=one.values - 0.1), torch.arange(8))
+        found.append((gradient_of(trainer), torch.tensor(step)))
+        trainer.learner.optimizer.zero_grad()
+    assert relative_difference(found[1][0], found[0][0]) < 1e-5
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=1e-6)
+
+
+def gradient_of(trainer: Trainer) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in trainer.learner.parameters if p.grad is not None])
 
 
 def plain_loss(trainer: Trainer, batch: Any, rows: torch.Tensor) -> torch.Tensor:
@@ -73,29 +106,37 @@ def plain_loss(trainer: Trainer, batch: Any, rows: torch.Tensor) -> torch.Tensor
     )
     ratio = (statistics.logprobs - old).exp()
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-    values = trainer.value_model(sequences)
+    values = statistics.values if trainer.value_model is None else trainer.value_model(sequences)
     clipped = old_values + (values - old_values).clamp(-0.2, 0.2)
     value_loss = 0.5 * torch.maximum((values - returns) ** 2, (clipped - returns) ** 2)
     return (-surrogate - s.entropy_coef * statistics.entropies + s.value_coef * value_loss).sum() / mask.sum()
 
 
-def test_gradients_are_those_of_one_plain_loss(make_trainer: MakeTrainer, tiny: Any, experience: Any) -> None:
-    trainer = make_trainer(micro_batch_tokens=40, max_grad_norm=1e9, value_coef=0.3, entropy_coef=0.02)
+@pytest.mark.parametrize(("architecture", "lora", "value"), KINDS)
+def test_gradients_are_those_of_one_plain_loss(
+    architecture: str, lora: int, value: str, make_trainer: MakeTrainer, experience: Any
+) -> None:
+    changes: dict[str, Any] = {"micro_batch_tokens": 40, "max_grad_norm": 1e9, "value_coef": 0.3, "entropy_coef": 0.02}
+    trainer = make_trainer(architecture, lora=lora, value_model=value, **changes)
     trainer.prepare()
     batch = experience(trainer)
     batch = batch._replace(logprobs=batch.logprobs + 0.1, values=batch.values - 0.1)
     rows = torch.tensor([6, 1, 3, 4])
-    step = trainer.backward(batch, rows, update=1)
-    found = tiny.gradients(trainer)
-    trainer.optimizer.zero_grad()
+    step = trainer.learner.backward(batch, rows)
+    found = gradient_of(trainer)
+    trainer.learner.optimizer.zero_grad()
     plain_loss(trainer, batch, rows).backward()
-    assert relative_difference(found, tiny.gradients(trainer)) < 1e-5
+    assert relative_difference(found, gradient_of(trainer)) < 1e-5
     assert step.grad_norm == pytest.approx(found.norm().item(), rel=1e-5)
 
 
-def test_an_update_is_that_of_a_plain_loop(make_trainer: MakeTrainer, tiny: Any, experience: Any) -> None:
+@pytest.mark.parametrize("value", ["separate", "shared"])
+def test_an_update_is_that_of_a_plain_loop(
+    value: str, make_trainer: MakeTrainer, tiny: Any, experience: Any
+) -> None:
     """Four epochs: loss, gradient from zero, clipping, AdamW; nothing else happens to the weights."""
     changes: dict[str, Any] = {"epochs": 4, "weight_decay": 0.1, "value_learning_rate": 3e-3, "value_coef": 0.3}
+    changes |= {"value_model": value}
     trainer, plain = make_trainer(**changes), make_trainer(**changes)
     trainer.prepare()
     plain.prepare()
@@ -105,22 +146,25 @@ def test_an_update_is_that_of_a_plain_loop(make_trainer: MakeTrainer, tiny: Any,
     real = batch.advantages[batch.sequences.mask]
     whitened = (batch.advantages - real.mean()) / real.var(correction=0).sqrt()
     batch = batch._replace(advantages=whitened)
-    groups = [{"params": params, "lr": lr * 0.75} for params, lr in zip(plain.trainable, (1e-3, 3e-3), strict=True)]
+    groups = [{"params": params, "lr": lr * 0.75} for params, lr in zip(plain.learner.trainable, (1e-3, 3e-3), strict=True)]
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.1)
     for _ in range(4):
         optimizer.zero_grad()
         plain_loss(plain, batch, torch.arange(8)).backward()
-        torch.nn.utils.clip_grad_norm_(plain.parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(plain.learner.parameters, 1.0)
         optimizer.step()
     for name, weight in tiny.weights(trainer).items():
         torch.testing.assert_close(weight, tiny.weights(plain)[name], rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("noise", [math.nan, math.inf, 1e30])
-def test_masked_positions_may_hold_anything(noise: float, make_trainer: MakeTrainer, tiny: Any) -> None:
+@pytest.mark.parametrize(("architecture", "lora", "value"), KINDS)
+def test_masked_positions_may_hold_anything(
+    architecture: str, lora: int, value: str, noise: float, make_trainer: MakeTrainer, tiny: Any
+) -> None:
     results = []
     for filler in (0.0, noise):
-        trainer = make_trainer()
+        trainer = make_trainer(architecture, lora=lora, value_model=value)
         trainer.prepare()
         rollout = trainer.rollout(1)
         scored = trainer.score(rollout, 1)
@@ -160,16 +204,19 @@ def test_pad_equal_to_end_of_sequence_trains_alike(
     assert all(torch.equal(weight, results[1][0][name]) for name, weight in results[0][0].items())
 
 
+@pytest.mark.parametrize("value", ["separate", "shared"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_lora_leaves_the_base_alone_and_refers_to_it(architecture: str, make_trainer: MakeTrainer, tiny: Any) -> None:
-    trainer, full = make_trainer(architecture, lora=2), make_trainer(architecture)
+def test_lora_leaves_the_base_alone_and_refers_to_it(
+    architecture: str, value: str, make_trainer: MakeTrainer, tiny: Any
+) -> None:
+    trainer, full = (make_trainer(architecture, lora=rank, value_model=value) for rank in (2, 0))
     before = tiny.weights(trainer)
     trainer.train()
-    learns = {f"policy.{n}" for n, p in trainer.policy.named_parameters() if p.requires_grad}
-    learns |= {f"value.{n}" for n, p in trainer.value_model.named_parameters() if p.requires_grad}
+    both = {"policy": trainer.policy, "value": trainer.value_model}
+    learns = {f"{k}.{n}" for k, m in both.items() if m is not None for n, p in m.named_parameters() if p.requires_grad}
     after = tiny.weights(trainer)
     assert learns
-    assert all("lora" in name or "score" in name for name in learns)
+    assert all("lora" in name or "score" in name or "head." in name for name in learns)
     for name, weight in before.items():
         assert torch.equal(weight, after[name]) == (name not in learns), name
 
@@ -189,17 +236,18 @@ def low_precision() -> Iterator[Accelerator]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize(("architecture", "lora", "value"), KINDS)
 def test_the_first_step_starts_at_ratio_one_in_low_precision_too(
-    lora: int, make_trainer: MakeTrainer, low_precision: Accelerator
+    architecture: str, lora: int, value: str, make_trainer: MakeTrainer, low_precision: Accelerator
 ) -> None:
-    trainer = make_trainer(lora=lora, epochs=1)
+    trainer = make_trainer(architecture, lora=lora, value_model=value, epochs=1)
     trainer.accelerator = low_precision
     trainer.prepare()
     metrics = trainer.step(1)
     assert abs(metrics["ppo/ratio_max"] - 1.0) < 1e-5
-    assert metrics["ppo/kl"] == pytest.approx(0.0, abs=1e-5)  # taken alike for the policy and its reference
-    assert {p.dtype for p in trainer.parameters} == {torch.float32}
+    # Taken alike for the policy and its reference; T5's position bias has another attention kernel where it learns.
+    assert metrics["ppo/kl"] == pytest.approx(0.0, abs=0.05 if architecture == "t5" else 1e-5)
+    assert {p.dtype for p in trainer.learner.parameters} == {torch.float32}
     assert trainer.step(2)["ppo/kl"] != 0.0
 
 
@@ -215,6 +263,7 @@ def test_each_update_draws_anew(make_trainer: MakeTrainer) -> None:
 
 def test_a_reference_stays_as_it_is(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer()
-    before = [p.clone() for p in trainer.reference.parameters()]
+    before = [p.clone() for p in trainer.policy.parameters()]
     trainer.train()
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.reference.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(before, trainer.policy.parameters(), strict=True) if a.ndim > 1)

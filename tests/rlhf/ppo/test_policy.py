@@ -11,9 +11,10 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, Granite
 from rlhf.errors import ModelError
 from rlhf.models import add_lora
 from rlhf.ppo import policy as module
-from rlhf.ppo.policy import CausalPolicy, Sequences, ValueModel, unpack
+from rlhf.ppo.policy import Policy, ValueModel
+from rlhf.ppo.sequences import Sequences, unpack
 
-ARCHITECTURES = ["gpt2", "llama"]
+ARCHITECTURES = ["gpt2", "llama", "falcon", "gpt_bigcode", "t5"]
 LENGTHS = [(3, 4), (1, 6), (9, 1), (5, 5)]
 
 
@@ -33,7 +34,7 @@ def wider(sequences: Sequences, filler: int) -> Sequences:
 def test_logprobs_are_those_of_a_plain_forward(architecture: str, tiny: Any) -> None:
     """Row by row, without padding, from the whole model's logits."""
     model, sequences = tiny.policy_model(architecture), tiny.sequences(LENGTHS)
-    found = CausalPolicy(model)(sequences, 0.7, with_entropy=True)
+    found = Policy(model)(sequences, 0.7, with_entropy=True)
     expected, entropies = [], []
     for i, (start, length) in enumerate(LENGTHS):
         ids = torch.cat([sequences.prompts[i, :start], sequences.responses[i, :length]])
@@ -47,7 +48,7 @@ def test_logprobs_are_those_of_a_plain_forward(architecture: str, tiny: Any) -> 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_padding_changes_nothing(architecture: str, tiny: Any) -> None:
-    policy, value = CausalPolicy(tiny.policy_model(architecture)), ValueModel(tiny.value_model(architecture))
+    policy, value = Policy(tiny.policy_model(architecture)), ValueModel(tiny.value_model(architecture))
     sequences = tiny.sequences(LENGTHS)
     for filler in (0, 7, 10**9):  # the last is no token at all: it must never be looked up
         other = wider(sequences, filler)
@@ -60,7 +61,7 @@ def test_select_takes_rows_and_cuts_columns(tiny: Any) -> None:
     part = sequences.select(torch.tensor([3, 0]))
     assert part.prompts.shape == (2, 5)
     assert part.responses.shape == (2, 5)
-    policy = CausalPolicy(tiny.policy_model())
+    policy = Policy(tiny.policy_model())
     whole = unpack(policy(sequences, 1.0).logprobs, sequences.mask)
     chosen = unpack(policy(part, 1.0).logprobs, part.mask)
     torch.testing.assert_close(chosen, whole[[3, 0], :5], rtol=1e-5, atol=1e-5)
@@ -74,7 +75,7 @@ def test_chunks_change_neither_numbers_nor_gradients(
     for elements in (2**26, 270 * 3):  # all rows at once, and three rows at once
         monkeypatch.setattr(module, "LOGITS_AT_ONCE", elements)
         model = tiny.policy_model(architecture)
-        found = CausalPolicy(model)(tiny.sequences(LENGTHS), 0.7, with_entropy=True)
+        found = Policy(model)(tiny.sequences(LENGTHS), 0.7, with_entropy=True)
         (found.logprobs.sum() + found.entropies.square().sum()).backward()
         gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
         results.append((found.logprobs, found.entropies, gradient))
@@ -106,8 +107,8 @@ def test_values_are_the_normalised_scores_before_each_token(architecture: str, t
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_without_adapter_a_lora_policy_is_its_base(architecture: str, tiny: Any) -> None:
-    base, sequences = CausalPolicy(tiny.policy_model(architecture)), tiny.sequences(LENGTHS)
-    policy = CausalPolicy(add_lora(tiny.policy_model(architecture), 2, 8.0))
+    base, sequences = Policy(tiny.policy_model(architecture)), tiny.sequences(LENGTHS)
+    policy = Policy(add_lora(tiny.policy_model(architecture), 2, 8.0))
     expected = base(sequences, 0.7).logprobs
     assert torch.equal(policy(sequences, 0.7).logprobs, expected)  # a new adapter changes nothing
     with torch.no_grad():
@@ -124,9 +125,9 @@ def test_check_accepts_a_model_that_caps_its_logits_and_refuses_one_that_scales_
     shape = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32, "pad_token_id": 0}
     capped = Gemma2ForCausalLM(Gemma2Config(**shape, head_dim=8, final_logit_softcapping=0.5, eos_token_id=1))
-    CausalPolicy(capped.eval()).check()
+    Policy(capped.eval()).check()
     scaled = GraniteForCausalLM(GraniteConfig(**shape, logits_scaling=0.1, eos_token_id=1))
     torch.nn.init.normal_(scaled.lm_head.weight)
     with pytest.raises(ModelError, match="granite"):
-        CausalPolicy(scaled.eval()).check()
-    CausalPolicy(tiny.policy_model()).check()
+        Policy(scaled.eval()).check()
+    Policy(tiny.policy_model()).check()

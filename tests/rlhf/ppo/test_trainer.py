@@ -26,7 +26,7 @@ def test_epochs_times_minibatches_optimizer_steps(epochs: int, minibatches: int,
     trainer = make_trainer(epochs=epochs, minibatches=minibatches)
     trainer.prepare()
     trainer.step(1)
-    states = trainer.optimizer.state_dict()["state"].values()
+    states = trainer.learner.optimizer.state_dict()["state"].values()
     assert {int(state["step"]) for state in states} == {epochs * minibatches}
 
 
@@ -35,8 +35,10 @@ def test_minibatches_of_an_epoch_hold_every_episode_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trainer, seen = make_trainer(epochs=2, minibatches=4), []
-    backward = trainer.backward
-    monkeypatch.setattr(trainer, "backward", lambda e, rows, u: (seen.append(rows.tolist()), backward(e, rows, u))[1])
+    backward = trainer.learner.backward
+    monkeypatch.setattr(
+        trainer.learner, "backward", lambda e, rows, **o: (seen.append(rows.tolist()), backward(e, rows, **o))[1]
+    )
     trainer.prepare()
     trainer.step(1)
     epochs = [list(chain(*seen[:4])), list(chain(*seen[4:]))]
@@ -48,14 +50,14 @@ def test_early_stop_takes_no_step_beyond_its_limit(make_trainer: MakeTrainer) ->
     trainer = make_trainer(epochs=5, learning_rate=3e-2, early_stop_kl=1e-3, updates=1, schedule="constant")
     trainer.prepare()
     metrics = trainer.step(1)
-    steps = {int(state["step"]) for state in trainer.optimizer.state_dict()["state"].values()}
+    steps = {int(state["step"]) for state in trainer.learner.optimizer.state_dict()["state"].values()}
     assert steps == {1}  # the second minibatch was already too far away
     assert metrics["ppo/approx_kl"] > 1.5e-3 / 2  # the mean of the two that were looked at
-    assert all(p.grad is None for p in trainer.parameters)
+    assert all(p.grad is None for p in trainer.learner.parameters)
     calm = make_trainer(epochs=5, learning_rate=1e-6, early_stop_kl=1e-3)
     calm.prepare()
     calm.step(1)
-    assert {int(state["step"]) for state in calm.optimizer.state_dict()["state"].values()} == {5}
+    assert {int(state["step"]) for state in calm.learner.optimizer.state_dict()["state"].values()} == {5}
 
 
 def test_warm_up_trains_the_value_model_only(make_trainer: MakeTrainer, tiny: Any) -> None:
@@ -77,7 +79,7 @@ def test_learning_rates(make_trainer: MakeTrainer) -> None:
     rates = []
     for update in (1, 2, 3, 4):
         metrics = trainer.step(update)
-        groups = [group["lr"] for group in trainer.optimizer.param_groups]
+        groups = [group["lr"] for group in trainer.learner.optimizer.param_groups]
         assert metrics["ppo/learning_rate"] == groups[0]
         rates.append(groups)
     assert [rate for pair in rates for rate in pair] == pytest.approx(
@@ -86,7 +88,7 @@ def test_learning_rates(make_trainer: MakeTrainer) -> None:
     constant = make_trainer(schedule="constant")
     constant.prepare()
     assert constant.step(3)["ppo/learning_rate"] == 1e-3
-    assert constant.optimizer.param_groups[1]["lr"] == 1e-3  # the value model's default is the policy's
+    assert constant.learner.optimizer.param_groups[1]["lr"] == 1e-3  # the value model's default is the policy's
 
 
 def test_adaptive_kl(make_trainer: MakeTrainer) -> None:
@@ -119,7 +121,7 @@ def test_each_mode_changes_the_rewards_as_it_says(changes: dict[str, Any], make_
     trainer = make_trainer(**changes, kl_coef=0.3)
     trainer.prepare()
     with torch.no_grad():
-        for parameter in trainer.trainable[0]:
+        for parameter in trainer.learner.trainable[0]:
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
     rollout = trainer.rollout(1)
     scored = trainer.score(rollout, 1)
@@ -153,8 +155,10 @@ def test_advantages_are_whitened_over_the_rollout_unless_told_not_to(
         trainer = make_trainer(whiten_advantages=whiten, minibatches=2)
         trainer.prepare()
         seen: list[Any] = []
-        backward = trainer.backward
-        monkeypatch.setattr(trainer, "backward", lambda e, r, u, f=backward, s=seen: (s.append(e), f(e, r, u))[1])
+        backward = trainer.learner.backward
+        monkeypatch.setattr(
+            trainer.learner, "backward", lambda e, r, f=backward, s=seen, **o: (s.append(e), f(e, r, **o))[1]
+        )
         raw = experience(trainer)
         trainer.optimise(raw, 1)
         found = core.moments(seen[0].advantages, raw.sequences.mask)
@@ -291,7 +295,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(
 def test_a_gradient_that_is_not_finite_stops_the_run(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer()
     trainer.prepare()
-    trainer.trainable[0][0].register_hook(lambda gradient: gradient / 0.0)
+    trainer.learner.trainable[0][0].register_hook(lambda gradient: gradient / 0.0)
     with pytest.raises(TrainingError, match="a loss or gradient is not finite"):
         trainer.step(1)
 
@@ -303,8 +307,8 @@ def test_a_large_gradient_is_clipped_and_counted(make_trainer: MakeTrainer, expe
     assert metrics["ppo/grad_norm"] > 1e-3  # as it was before clipping
     assert metrics["ppo/grad_clip_fraction"] == 1.0
     batch = experience(trainer)
-    trainer.backward(batch, torch.arange(8), 1)
-    norm = torch.stack([p.grad.norm() for p in trainer.parameters if p.grad is not None]).norm()
+    trainer.learner.backward(batch, torch.arange(8))
+    norm = torch.stack([p.grad.norm() for p in trainer.learner.parameters if p.grad is not None]).norm()
     assert norm.item() == pytest.approx(1e-3, rel=1e-3)
 
 
