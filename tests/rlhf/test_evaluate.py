@@ -20,7 +20,7 @@ from rlhf import evaluate, report
 from rlhf.config import PipelineConfig
 from rlhf.context import Context
 from rlhf.errors import ConfigError, DataError, RewardError
-from rlhf.ppo.policy import Policy
+from rlhf.ppo.policy import Policy, exact_kl
 from rlhf.ppo.sequences import Sequences, unpack
 from rlhf.tracker import NullTracker
 
@@ -271,7 +271,7 @@ def test_kl_is_the_sum_over_tokens_of_the_exact_kl(inputs: dict[str, Path], monk
 
     def per_response() -> list[float]:
         with torch.no_grad():
-            return unpack(evaluate._kl(policy, reference, 0.7, sequences), sequences.mask).sum(1).tolist()
+            return unpack(exact_kl(policy, reference, 0.7, sequences), sequences.mask).sum(1).tolist()
 
     assert per_response() == pytest.approx(expected, rel=1e-4)
     monkeypatch.setattr(evaluate, "LOGITS_AT_ONCE", 3 * 300)  # three tokens at once

@@ -14,6 +14,10 @@ from tokenizers import models as tokenizer_models
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -139,11 +143,42 @@ def test_a_model_that_is_not_there_is_named_with_where_it_was_looked_for(
         load(tmp_path / "empty")
 
 
-def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+def test_an_encoder_decoder_is_a_policy(tmp_path: Path) -> None:
     config = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
-    with pytest.raises(ModelError, match=r"is an encoder-decoder \(t5\).*model\.path to a causal one"):
-        models.load_policy(tmp_path / "t5")
+    assert models.is_encoder_decoder(tmp_path / "t5")
+    assert isinstance(models.load_policy(tmp_path / "t5"), T5ForConditionalGeneration)
+
+
+def test_dropouts_that_a_configuration_names_are_off_and_come_back() -> None:
+    """Falcon reads ``hidden_dropout`` from its configuration at every step."""
+    shape = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = FalconForCausalLM(FalconConfig(**shape, hidden_dropout=0.5, attention_dropout=0.5)).train()
+    models.set_dropout_zero(model)
+    ids = torch.arange(8)[None]
+    with models.configured_dropout_off(torch.nn.ModuleList([model])):
+        assert torch.equal(model(ids).logits, model(ids).logits)
+    assert model.config.hidden_dropout == 0.5
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_a_fused_gelu_is_the_same_function() -> None:
+    config = GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2, activation_function="gelu_new")
+    model = GPT2LMHeadModel(config).eval()
+    expected = model(torch.arange(8)[None]).logits
+    models.fuse_gelu(model)
+    assert isinstance(model.transformer.h[0].mlp.act, torch.nn.GELU)
+    torch.testing.assert_close(model(torch.arange(8)[None]).logits, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_an_encoder_reads_whole_prompts() -> None:
+    tokenizer = make_tokenizer()
+    eos = tokenizer.eos_token
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {eos}", special_tokens=[(eos, tokenizer.eos_token_id)]
+    )
+    plain = models.prompt_token_ids(tokenizer, ["ab"])[0]
+    assert models.prompt_token_ids(tokenizer, ["ab"], encoder=True) == [[*plain, tokenizer.eos_token_id]]
 
 
 def test_weights_that_are_not_there_are_not_made_up(saved: Path, tmp_path: Path) -> None:

@@ -131,9 +131,7 @@ def test_gradients_are_those_of_one_plain_loss(
 
 
 @pytest.mark.parametrize("value", ["separate", "shared"])
-def test_an_update_is_that_of_a_plain_loop(
-    value: str, make_trainer: MakeTrainer, tiny: Any, experience: Any
-) -> None:
+def test_an_update_is_that_of_a_plain_loop(value: str, make_trainer: MakeTrainer, tiny: Any, experience: Any) -> None:
     """Four epochs: loss, gradient from zero, clipping, AdamW; nothing else happens to the weights."""
     changes: dict[str, Any] = {"epochs": 4, "weight_decay": 0.1, "value_learning_rate": 3e-3, "value_coef": 0.3}
     changes |= {"value_model": value}
@@ -146,7 +144,9 @@ def test_an_update_is_that_of_a_plain_loop(
     real = batch.advantages[batch.sequences.mask]
     whitened = (batch.advantages - real.mean()) / real.var(correction=0).sqrt()
     batch = batch._replace(advantages=whitened)
-    groups = [{"params": params, "lr": lr * 0.75} for params, lr in zip(plain.learner.trainable, (1e-3, 3e-3), strict=True)]
+    groups = [
+        {"params": params, "lr": lr * 0.75} for params, lr in zip(plain.learner.trainable, (1e-3, 3e-3), strict=True)
+    ]
     optimizer = torch.optim.AdamW(groups, eps=1e-5, weight_decay=0.1)
     for _ in range(4):
         optimizer.zero_grad()

@@ -1,0 +1,176 @@
+"""Evaluation on held-out prompts: its numbers, and that the best policy within the KL budget is what remains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf.errors import ArtifactError, ConfigError
+from rlhf.ppo import heldout
+from rlhf.ppo.batching import generator
+from rlhf.ppo.heldout import Best
+from rlhf.ppo.policy import exact_kl
+from rlhf.ppo.rollout import collect
+from rlhf.ppo.sequences import unpack
+from rlhf.ppo.trainer import Trainer
+
+MakeTrainer = Callable[..., Trainer]
+
+
+def evaluations(trainer: Trainer) -> dict[int, dict[str, float]]:
+    """What each evaluation found, by update."""
+    prefix = "ppo/eval/"
+    found = {
+        step: {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+        for step, values in trainer.tracker.points
+    }
+    return {step: values for step, values in found.items() if values}
+
+
+@pytest.mark.parametrize("temperature", [None, 0.0, 1.3])
+def test_the_numbers_of_an_evaluation(
+    temperature: float | None, make_trainer: MakeTrainer, shifted: Callable[[Trainer], None]
+) -> None:
+    trainer = make_trainer(eval_every=2, eval_prompts=4, eval_temperature=temperature)
+    trainer.prepare()
+    shifted(trainer)
+    assert trainer.evaluate(1) == {}
+    found = trainer.evaluate(2)
+    uniforms = torch.rand(4, 7, generator=generator(3, "evaluate"))
+    sampled_at = {None: 0.7, 0.0: 1e-6, 1.3: 1.3}[temperature]
+    made = collect(
+        trainer.policy, trainer.tokenizer, trainer.held_out.select(range(4)), uniforms, sampled_at, trainer.device
+    )
+    scores, _ = trainer.rewards(made.prompts.texts, made.responses, made.prompts.columns)
+    kl = exact_kl(trainer.policy, trainer.reference, 1.3 if temperature == 1.3 else 0.7, made.sequences)
+    expected = {
+        "score": scores.mean().item(),
+        "reward/odd": scores.mean().item(),
+        "kl": unpack(kl, made.sequences.mask).sum(1).mean().item(),
+        "response_length_mean": made.sequences.response_lengths.float().mean().item(),
+        "eos_rate": made.ended.float().mean().item(),
+    }
+    assert found.pop("ppo/seconds/evaluate") > 0.0
+    assert found == pytest.approx({f"ppo/eval/{name}": value for name, value in expected.items()}, rel=1e-5)
+    assert found["ppo/eval/kl"] > 0.0
+
+
+def test_an_evaluation_changes_nothing_that_is_trained(make_trainer: MakeTrainer, tiny: Any, tmp_path: Path) -> None:
+    results = []
+    for every in (0, 1):
+        trainer = make_trainer(eval_every=every, checkpoints=tmp_path / str(every))
+        trainer.take_best = lambda: None  # type: ignore[method-assign]
+        trainer.train()
+        results.append((tiny.weights(trainer), trainer.progress.history))
+    assert results[0][1] == results[1][1]
+    assert all(torch.equal(weight, results[1][0][name]) for name, weight in results[0][0].items())
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_the_best_policy_is_what_remains(lora: int, make_trainer: MakeTrainer, tiny: Any) -> None:
+    """A reward that turns round: what was best at update 2 is kept though training goes on to update 5."""
+    at: dict[int, dict[str, torch.Tensor]] = {}
+    trainer = make_trainer(lora=lora, updates=5, eval_every=1, checkpoint_every=2)
+    scores = iter([0.1, 0.9, 0.5, 0.9, 0.3])  # a tie goes to the earlier one
+    evaluate = heldout.metrics
+
+    def staged(*arguments: Any) -> dict[str, float]:
+        return evaluate(*arguments) | {"score": next(scores)}
+
+    step = trainer.step
+
+    def noting(update: int) -> dict[str, float]:
+        metrics = step(update)
+        at[update] = tiny.weights(trainer)
+        return metrics
+
+    trainer.step = noting  # type: ignore[method-assign]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heldout, "metrics", staged)
+        finals = trainer.train()
+    assert trainer.progress.best == Best(2, 0.9, evaluations(trainer)[2]["kl"])
+    assert (finals["ppo/best_update"], finals["ppo/best_score"]) == (2.0, 0.9)
+    for name, weight in tiny.weights(trainer).items():
+        assert torch.equal(weight, at[2 if name.startswith("policy") else 5][name]), name
+    kept = sorted(path.name for path in (trainer.checkpoints / "best").iterdir())
+    assert kept == ["checkpoint-2"]
+
+
+def test_only_policies_within_the_kl_budget_count(make_trainer: MakeTrainer) -> None:
+    free = make_trainer(eval_every=1, learning_rate=3e-2, updates=3)
+    free.train()
+    kls = {update: values["kl"] for update, values in evaluations(free).items()}
+    assert kls[1] < kls[3]
+    best = heldout.better({"score": 9.0, "kl": 2.0}, 7, free.settings, None)
+    assert best == Best(7, 9.0, 2.0)
+    assert heldout.better({"score": 9.0, "kl": 2.0}, 8, free.settings, best) is None
+    tight = make_trainer(eval_every=1, kl_budget=2.0).settings
+    assert heldout.better({"score": 10.0, "kl": 2.1}, 8, tight, best) is None
+    assert heldout.better({"score": 10.0, "kl": 2.0}, 8, tight, best) == Best(8, 10.0, 2.0)
+
+
+def test_without_a_policy_in_the_budget_the_last_one_remains(make_trainer: MakeTrainer, tiny: Any) -> None:
+    trainer = make_trainer(eval_every=1, kl_budget=1e-9, learning_rate=3e-2, updates=2)
+    finals = trainer.train()
+    assert trainer.progress.best is None
+    assert "ppo/best_update" not in finals
+
+
+def test_a_resumed_training_has_the_same_best_policy(make_trainer: MakeTrainer, tiny: Any, tmp_path: Path) -> None:
+    class StoppedError(Exception):
+        pass
+
+    def make(folder: str) -> Trainer:
+        return make_trainer(eval_every=1, updates=5, checkpoint_every=2, checkpoints=tmp_path / folder)
+
+    straight = make("straight")
+    expected = straight.train()
+    for stop in (1, 3, 4):
+        stopped = make(f"stopped-{stop}")
+        record = stopped.record
+
+        def stopping(metrics: dict[str, float], record: Any = record, stop: int = stop, it: Any = stopped) -> None:
+            record(metrics)
+            if it.progress.update == stop:
+                raise StoppedError
+
+        stopped.record = stopping  # type: ignore[method-assign]
+        with pytest.raises(StoppedError):
+            stopped.train()
+        resumed = make(f"stopped-{stop}")
+        assert resumed.train() == expected
+        assert resumed.progress.best == straight.progress.best
+        for name, weight in tiny.weights(straight).items():
+            assert torch.equal(weight, tiny.weights(resumed)[name]), name
+
+
+def test_a_best_policy_that_is_damaged_is_not_used(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(eval_every=1)
+    trainer.train()
+    best = trainer.checkpoints / "best" / f"checkpoint-{trainer.progress.best.update}" / "policy.safetensors"
+    best.write_bytes(best.read_bytes()[:-1] + b"x")
+    with pytest.raises(ArtifactError, match="the best policy.*policy.safetensors has changed"):
+        make_trainer(eval_every=1).train()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"best_metric": "reward/even"}, "allowed are score, reward/odd"),
+        ({"held_out": None}, "1 process.* have 0 held-out prompts"),
+    ],
+)
+def test_evaluations_that_cannot_be_are_refused_before_training(
+    changes: dict[str, Any], message: str, make_trainer: MakeTrainer
+) -> None:
+    own: Sequence[str] = ("held_out",)
+    trainer = make_trainer(eval_every=1, **{k: v for k, v in changes.items() if k not in own})
+    for name in own:
+        if name in changes:
+            setattr(trainer, name, changes[name])
+    with pytest.raises(ConfigError, match=message):
+        trainer.prepare()
