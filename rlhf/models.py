@@ -350,7 +350,7 @@ def save_adapter(model: PeftModel, directory: str | Path) -> None:
     The place of that model on this machine is left out: it would mean nothing on another one.
     """
     for config in model.peft_config.values():
-        config.base_model_name_or_path = None
+        config.base_model_name_or_path = ""
     model.save_pretrained(str(directory))
     (Path(directory) / "README.md").unlink(missing_ok=True)  # a form for the hub, with nothing filled in
 

@@ -272,7 +272,7 @@ def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor
     term is the larger one.
     """
     values, old_values, returns = _real(values, mask), _real(old_values, mask), _real(returns, mask)
-    near = old_values + (values - old_values).clamp(-clip_range, clip_range)
+    near = values.clamp(old_values - clip_range, old_values + clip_range)  # exactly the value where it does not bind
     plain, clipped = (values - returns).square(), (near - returns).square()
     return ValueLoss(0.5 * torch.maximum(plain, clipped).sum(), (clipped > plain).sum())
 

@@ -166,8 +166,8 @@ def floor(args: argparse.Namespace, flops: float, bandwidth: float) -> dict[str,
     B prompts, P and R tokens of prompt and response, S = P + R; E epochs, M minibatches; Nt matrix parameters of the
     trunk, Nh of the output layer, L layers of width d. T new causal tokens after c cached ones cost a sequence
     f(T, c) = 2 T Nt + 4 L d (T c + T^2 / 2) operations. Backward is twice forward, once where weights are frozen
-    (LoRA). Weights are read once per pass and decoded token, twice per optimizer step, and each trained number and its gradient
-    and two moments are moved 8 times. Activations and logits are not counted.
+    (LoRA). Weights are read once per pass and decoded token, twice per optimizer step, and each trained number, its
+    gradient and its two moments are moved 8 times. Activations and logits are not counted.
     """
     shape = ARCHITECTURES[args.arch]
     layers, d = shape.layers, shape.width

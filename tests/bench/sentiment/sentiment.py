@@ -49,8 +49,22 @@ WHOLE_REVIEWS = 500  # on which the reward's accuracy is measured window by wind
 
 # --------------------------------------------------------------------------------------------------------------- reward
 def negative(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
-    """Log-odds that each continuation is from a negative review. ``SENTIMENT_DIR`` says what ``prepare`` wrote."""
-    return log_odds(*reward_model(Path(os.environ["SENTIMENT_DIR"])), responses).tolist()
+    """Log-odds that each continuation is from a negative review."""
+    return log_odds(*reward_model(out_folder()), responses).tolist()
+
+
+def cut(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
+    """The share of a continuation's tokens that is not there, since it ended early; 0 for a whole one.
+
+    Without it, PPO finds that a review of one damning sentence is the surest one, at the least KL.
+    """
+    _, tokenizer = reward_model(out_folder())
+    return [max(0.0, 1.0 - len(ids) / NEW_TOKENS) for ids in tokenizer(list(responses))["input_ids"]]
+
+
+def out_folder() -> Path:
+    """Where ``prepare`` wrote."""
+    return Path(os.environ["SENTIMENT_DIR"])
 
 
 @cache

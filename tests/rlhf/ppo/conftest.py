@@ -28,6 +28,7 @@ from transformers import (
 
 from rlhf.models import add_lora, score_head
 from rlhf.ppo.batching import Prompts
+from rlhf.ppo.core import Running
 from rlhf.ppo.policy import Policy, ValueModel, zero_head
 from rlhf.ppo.sequences import Sequences
 from rlhf.ppo.settings import Settings
@@ -185,6 +186,7 @@ def first_update(trainer: Trainer) -> dict[str, Any]:
     trainer.prepare()
     rollout = trainer.rollout(1)
     experience = trainer.advantages(rollout, trainer.score(rollout, 1))
+    trainer.progress.scores = Running()  # as if that had not been
     numbers = trainer.learner.backward(experience, torch.arange(len(rollout.responses)))
     gradient = gradients(trainer)
     trainer.learner.optimizer.zero_grad()

@@ -31,6 +31,20 @@ def test_token_logprobs_and_entropy_by_hand() -> None:
     assert core.entropy(logits).tolist() == pytest.approx([h, math.log(2.0)])
 
 
+def test_the_gradient_of_token_logprobs_is_that_of_autograd() -> None:
+    logits, tokens = (3.0 * random(0, 5, 7)).float(), torch.tensor([0, 6, 3, 3, 1])
+    weights = random(1, 5).float()
+    ours, plain = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    (core.token_logprobs(ours, tokens) * weights).sum().backward()
+    (plain.log_softmax(-1)[torch.arange(5), tokens] * weights).sum().backward()
+    torch.testing.assert_close(ours.grad.double(), plain.grad, rtol=1e-6, atol=1e-6)
+    other = logits.clone().requires_grad_()
+    loss = core.token_logprobs(other, tokens).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # rather than a wrong gradient
+        loss.backward()
+
+
 def test_low_precision_logits_are_reduced_in_float32() -> None:
     logits = torch.zeros(1, 5000, dtype=torch.bfloat16)
     assert core.token_logprobs(logits, torch.tensor([7])).item() == pytest.approx(-math.log(5000), rel=1e-6)
@@ -91,6 +105,27 @@ def test_the_kl_controller() -> None:
     assert core.next_kl_coef(0.1, 6.6, 6.0, 1000, 10_000) == pytest.approx(0.1 * (1 + 0.1 * 0.1))
     assert core.next_kl_coef(0.1, 60.0, 6.0, 1000, 10_000) == pytest.approx(0.1 * (1 + 0.2 * 0.1))
     assert core.next_kl_coef(0.1, 0.0, 6.0, 1000, 10_000) == pytest.approx(0.1 * (1 - 0.2 * 0.1))
+
+
+def test_the_learning_rate_follows_the_approx_kl() -> None:
+    assert core.next_lr_scale(1.0, 0.021, 0.01) == pytest.approx(1 / 1.5)
+    assert core.next_lr_scale(1.0, 0.004, 0.01) == pytest.approx(1.5)
+    for inside in (0.02, 0.005, 0.01):
+        assert core.next_lr_scale(0.7, inside, 0.01) == 0.7
+    assert core.next_lr_scale(0.011, 9.0, 0.01) == 0.01
+    assert core.next_lr_scale(9.0, 0.0, 0.01) == 10.0
+
+
+def test_running_moments_are_those_of_all_scores() -> None:
+    scores = random(0, 4, 5) * 3.0 + 100.0
+    running = core.Running()
+    assert running.std == 1.0
+    for row in scores:
+        running = running.joined_by(row)
+    assert running.number == 20
+    assert running.mean == pytest.approx(scores.mean().item(), rel=1e-12)
+    assert running.std == pytest.approx(scores.std(correction=0).item(), rel=1e-9)
+    assert core.Running().joined_by(torch.ones(3)).std == 1.0  # nothing to divide by
 
 
 # ----------------------------------------------------------------------------------------------------------- advantages
@@ -157,20 +192,24 @@ def test_explained_variance() -> None:
 @pytest.mark.parametrize("noise", NOISES)
 def test_policy_loss_equals_a_loop(noise: float) -> None:
     old, advantages = random(0, 3, 4) - 3.0, random(1, 3, 4)
-    new = old + 0.4 * random(2, 3, 4)
+    new = (old + 0.4 * random(2, 3, 4)).requires_grad_()
+    gradient = torch.zeros(3, 4, dtype=torch.float64)
     found = core.policy_loss(spoiled(new, noise), spoiled(old, noise), spoiled(advantages, noise), MASK, 0.2)
     loss = kl = ratios = 0.0
     clipped, ratio_max = 0, 0.0
     for i, j in MASK.nonzero().tolist():
-        ratio, a = math.exp(new[i, j] - old[i, j]), advantages[i, j].item()
+        ratio, a = math.exp(new[i, j].item() - old[i, j].item()), advantages[i, j].item()
         bounded = min(max(ratio, 0.8), 1.2)
         loss -= min(ratio * a, bounded * a)  # Schulman et al. 2017, equation 7: the smaller one is maximised
         clipped += bounded * a < ratio * a
         kl += ratio - 1 - math.log(ratio)
         ratios += ratio
         ratio_max = max(ratio_max, ratio)
+        gradient[i, j] = 0.0 if bounded * a < ratio * a else -ratio * a  # d ratio / d log pi is the ratio
     assert clipped > 0
-    assert [v.item() for v in found] == pytest.approx([loss, kl, clipped, ratios, ratio_max])
+    assert [v.item() for v in found] == pytest.approx([loss, kl, clipped, ratios, ratio_max], rel=1e-6)
+    found.loss.backward()
+    torch.testing.assert_close(new.grad, gradient, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +231,14 @@ def test_policy_gradient_by_hand(advantage: float, log_ratio: float, gradient: f
     assert logprob.grad.tolist()[0] == pytest.approx([gradient, 0.0])
 
 
+def test_a_value_within_its_clip_is_not_counted_as_clipped() -> None:
+    """Also where old + (new - old) would not be new again, to the last bit."""
+    old, returns = random(0, 50, 4).float() * 3.0, random(1, 50, 4).float()
+    values = old + 0.1 * random(2, 50, 4).float()
+    inside = (values - old).abs() < 0.2
+    assert core.value_loss(values, old, returns, inside, 0.2).clipped.item() == 0
+
+
 @pytest.mark.parametrize("noise", NOISES)
 def test_value_loss_equals_a_loop(noise: float) -> None:
     old, returns = random(0, 3, 4), random(1, 3, 4)
@@ -208,5 +255,5 @@ def test_value_loss_equals_a_loop(noise: float) -> None:
         else:
             gradient[i, j] = v - r
     assert clipped > 0
-    assert [v.item() for v in found] == pytest.approx([loss, clipped])
-    torch.testing.assert_close(values.grad, gradient)
+    assert [v.item() for v in found] == pytest.approx([loss, clipped], rel=1e-6)
+    torch.testing.assert_close(values.grad, gradient, rtol=1e-6, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Whatever is not finite stops the run with the batch saved and the last good checkpoint kept; large is only clipped."""
+"""What is not finite stops the run: the batch is saved, the last good checkpoint kept. Large is only clipped."""
 
 from __future__ import annotations
 

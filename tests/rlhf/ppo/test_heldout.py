@@ -153,7 +153,7 @@ def test_a_best_policy_that_is_damaged_is_not_used(make_trainer: MakeTrainer) ->
     trainer.train()
     best = trainer.checkpoints / "best" / f"checkpoint-{trainer.progress.best.update}" / "policy.safetensors"
     best.write_bytes(best.read_bytes()[:-1] + b"x")
-    with pytest.raises(ArtifactError, match="the best policy.*policy.safetensors has changed"):
+    with pytest.raises(ArtifactError, match=r"the best policy.*policy\.safetensors has changed"):
         make_trainer(eval_every=1).train()
 
 

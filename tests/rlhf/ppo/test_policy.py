@@ -186,7 +186,9 @@ def test_check_accepts_encoder_decoders_of_another_make() -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_the_exact_kl_is_what_sampled_log_ratios_estimate(architecture: str, tiny: Any) -> None:
+def test_the_exact_kl_is_what_sampled_log_ratios_estimate(
+    architecture: str, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Token by token, sum p (log p - log q); it is 0 to itself and never negative."""
     policy, reference = (Policy(tiny.policy_model(architecture, seed)) for seed in (0, 1))
     sequences = tiny.sequences(LENGTHS)
@@ -201,4 +203,6 @@ def test_the_exact_kl_is_what_sampled_log_ratios_estimate(architecture: str, tin
         expected.append(torch.distributions.kl_divergence(p, q))
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-4, atol=1e-5)
     assert (found > 0.0).all()
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 4 * 3 * 270)  # three tokens at once
+    torch.testing.assert_close(exact_kl(policy, reference, 0.7, sequences), found)
     assert exact_kl(policy, policy.as_reference(), 0.7, sequences).max().item() == pytest.approx(0.0, abs=1e-6)

@@ -17,16 +17,23 @@ from rlhf import checkpoints
 
 SCRIPT = Path(__file__).with_name("one_of_two.py")
 OF_ONE_PROCESS = ("ppo/seconds", "ppo/tokens_per_second", "ppo/peak_memory_bytes")
-CHANGES = {"whiten_rewards": True, "micro_batch_tokens": 40}  # the two have different numbers of micro-batches
+CHANGES: dict[str, Any] = {"whiten_rewards": True, "micro_batch_tokens": 40, "scale_scores": True, "eval_every": 1}
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_does(tmp_path: Path, tiny: Any, make_trainer: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "lora", "value"), [("gpt2", 0, "separate"), ("llama", 2, "shared"), ("t5", 2, "separate")]
+)
+def test_two_processes_compute_what_one_does(
+    architecture: str, lora: int, value: str, tmp_path: Path, tiny: Any, make_trainer: Callable[..., Any]
+) -> None:
+    """The two have different numbers of micro-batches, too."""
+    changes = CHANGES | {"architecture": architecture, "lora": lora, "value_model": value}
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
     shared |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(tmp_path / "two"), str(tmp_path / "result.pt"), json.dumps(CHANGES)],
+            [sys.executable, str(SCRIPT), str(tmp_path / "two"), str(tmp_path / "result.pt"), json.dumps(changes)],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -34,7 +41,7 @@ def test_two_processes_compute_what_one_does(tmp_path: Path, tiny: Any, make_tra
         for rank in range(2)
     ]
     try:
-        one = tiny.first_update(make_trainer(**CHANGES))
+        one = tiny.first_update(make_trainer(**changes))
         errors = [process.communicate(timeout=200)[1] for process in processes]
     finally:
         for process in processes:

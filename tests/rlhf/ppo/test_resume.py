@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from rlhf.errors import ArtifactError
 from rlhf.ppo.trainer import Trainer
 
 MakeTrainer = Callable[..., Trainer]
+SCRIPT = Path(__file__).with_name("killed.py")
 TIMED = ("ppo/seconds", "ppo/tokens_per_second", "ppo/peak_memory_bytes")
 
 
@@ -31,11 +36,22 @@ class StoppedError(Exception):
     """Stands for a kill."""
 
 
-@pytest.mark.parametrize(
-    ("stop", "lora", "architecture"), [(1, 0, "gpt2"), (3, 0, "gpt2"), (4, 2, "gpt2"), (3, 2, "llama"), (4, 0, "llama")]
-)
+EVERYTHING: dict[str, Any] = {  # every piece of state that a training has
+    "minibatches": 2,
+    "kl_control": "adaptive",
+    "kl_horizon": 50.0,
+    "whiten_rewards": True,
+    "scale_scores": True,
+    "lr_target_kl": 0.02,
+    "eval_every": 1,
+}
+
+
+@pytest.mark.parametrize(("stop", "value"), [(1, "separate"), (3, "shared"), (4, "separate")])
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "falcon", "gpt_bigcode", "t5"])
 def test_a_resumed_training_ends_with_the_same_bits(
-    stop: int, lora: int, architecture: str, make_trainer: MakeTrainer, tiny: Any, tmp_path: Path
+    stop: int, value: str, lora: int, architecture: str, make_trainer: MakeTrainer, tiny: Any, tmp_path: Path
 ) -> None:
     """Checkpoints are at updates 2 and 4 of 5: the stop is before the first, between the two, and at the second."""
 
@@ -46,10 +62,8 @@ def test_a_resumed_training_ends_with_the_same_bits(
             reward=whimsical,
             checkpoints=tmp_path / folder,
             updates=5,
-            minibatches=2,
-            kl_control="adaptive",
-            kl_horizon=50.0,
-            whiten_rewards=True,
+            value_model=value,
+            **EVERYTHING,
         )
 
     straight = make("straight")
@@ -80,6 +94,29 @@ def test_a_resumed_training_ends_with_the_same_bits(
     assert resumed.train() == expected
     assert curves(resumed) == curves(straight)
     assert resumed.progress.samples == straight.progress.samples
+    for name, weight in tiny.weights(straight).items():
+        assert torch.equal(weight, tiny.weights(resumed)[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "architecture", "lora"), [("rollout", "gpt2", 2), ("epoch", "t5", 0), ("checkpoint", "llama", 0)]
+)
+def test_a_training_killed_with_signal_9_ends_with_the_same_bits(
+    where: str, architecture: str, lora: int, make_trainer: MakeTrainer, tiny: Any, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"architecture": architecture, "lora": lora, "updates": 6, **EVERYTHING}
+    straight = make_trainer(checkpoints=tmp_path / "straight", **changes)
+    expected = straight.train()
+    arguments = [sys.executable, str(SCRIPT), where, str(tmp_path / "killed"), json.dumps(changes)]
+    killed = subprocess.run(arguments, capture_output=True, text=True, timeout=200)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    left = {path.name for path in (tmp_path / "killed").iterdir()}
+    assert (".writing-6" in left) == (where == "checkpoint")
+    resumed = make_trainer(checkpoints=tmp_path / "killed", **changes)
+    assert resumed.train() == expected
+    assert curves(resumed)[0][0] == (5 if where == "checkpoint" else 3)  # from the checkpoint before
+    assert curves(resumed) == [point for point in curves(straight) if point[0] >= curves(resumed)[0][0]]
     for name, weight in tiny.weights(straight).items():
         assert torch.equal(weight, tiny.weights(resumed)[name]), name
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
 from rlhf import models
 from rlhf.config import PipelineConfig
@@ -44,6 +48,7 @@ def make(toy: Any, tmp_path: Path) -> Callable[..., Context]:
     prompts.parent.mkdir(parents=True)
     rows = [{"prompt": f"{a} {b}\n", "reference": a} for a in ("ant", "bee", "cat") for b in ("dog", "eel")]
     pq.write_table(pa.Table.from_pylist(rows), prompts)
+    pq.write_table(pa.Table.from_pylist(rows[::-1]), prompts.with_name("validation.parquet"))
     torch.manual_seed(1)
     reward = models.reward_from_policy(toy.shared / "sft/model")
     reward.config.score_mean, reward.config.score_std = 0.25, 1.5
@@ -94,6 +99,11 @@ def test_what_the_stage_writes(rank: int, make: Callable[..., Context], tmp_path
     tokenizer = models.load_tokenizer(context.out / "model")
     assert tokenizer.get_vocab() == models.load_tokenizer(toy.shared / "sft/model").get_vocab()
     written = {path.name for path in context.out.rglob("*") if path.is_file()}
+    shared = {"state", "adapter"} if rank else {"state"}
+    assert shared <= {path.name for path in context.out.iterdir()}
+    state = {path.name for path in (context.out / "state").iterdir()}
+    assert state == {"policy.safetensors", "value_model.safetensors", "optimizer.pt", "controllers.json"}
+    written -= state | ({"adapter_config.json", "adapter_model.safetensors"} if rank else set())
     assert written == {
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
         *("samples.parquet", "curves.parquet"),
@@ -104,6 +114,87 @@ def test_what_the_stage_writes(rank: int, make: Callable[..., Context], tmp_path
     samples = pq.read_table(context.out / "samples.parquet").to_pydict()
     assert samples.keys() == {"update", "prompt", "response", "score"}
     assert samples["update"] == [2] * 8 + [3] * 8
+
+
+def test_the_adapter_over_the_sft_policy_is_the_merged_model(make: Callable[..., Context], toy: Any) -> None:
+    context = make(model={"lora_rank": 2}, ppo={"learning_rate": 1e-2})
+    stage.run(context)
+    base = AutoModelForCausalLM.from_pretrained(toy.shared / "sft/model")
+    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a property under its old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        adapted = PeftModel.from_pretrained(base, context.out / "adapter").eval()
+    merged = AutoModelForCausalLM.from_pretrained(context.out / "model").eval()
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(models.load_policy(toy.shared / "sft/model")(ids).logits, merged(ids).logits, atol=1e-3)
+    assert str(toy.shared) not in (context.out / "adapter" / "adapter_config.json").read_text()
+
+
+def test_a_shared_value_head_is_saved(make: Callable[..., Context]) -> None:
+    context = make(ppo={"value_model": "shared"})
+    stage.run(context)
+    head = load_file(context.out / "value" / "head.safetensors")
+    assert {name: tuple(weight.shape) for name, weight in head.items()} == {"weight": (1, 16), "bias": (1,)}
+    assert head["weight"].any()
+    assert not (context.out / "value_model").exists()
+    models.load_policy(context.out / "model")  # an ordinary model: the head is not in it
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("value", ["separate", "shared"])
+def test_an_encoder_decoder(value: str, rank: int, make: Callable[..., Context], toy: Any, tmp_path: Path) -> None:
+    tokenizer = models.load_tokenizer(toy.shared / "sft/model")
+    shape = {"vocab_size": len(tokenizer), "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    t5 = T5ForConditionalGeneration(T5Config(**shape, **ends, decoder_start_token_id=tokenizer.pad_token_id))
+    models.save(t5, tokenizer, tmp_path / "t5")
+    context = make(
+        off=("sft", "reward", "judge"),
+        model={"init": "pretrained", "path": str(tmp_path / "t5"), "lora_rank": rank},
+        ppo={"rewards": {f"{tmp_path / 'my_rewards.py'}:length": 1.0}, "value_model": value, "eval_every": 1},
+    )
+    finals = stage.run(context)
+    assert finals["ppo/best_update"] in {1.0, 2.0, 3.0}
+    trained = AutoModelForSeq2SeqLM.from_pretrained(context.out / "model")
+    assert not torch.equal(
+        trained.encoder.block[0].layer[0].SelfAttention.q.weight, t5.encoder.block[0].layer[0].SelfAttention.q.weight
+    )
+    assert (context.out / "value" / "head.safetensors").is_file()
+    if value == "separate":
+        AutoModelForSeq2SeqLM.from_pretrained(context.out / "value" / "model")
+
+
+def test_what_a_training_leaves_is_what_another_goes_on_from(make: Callable[..., Context], tmp_path: Path) -> None:
+    """Weights, optimizer and controllers, but a new count of updates."""
+    first = make("first", ppo={"kl_control": "adaptive", "kl_horizon": 20.0, "scale_scores": True})
+    stage.run(first)
+    second = make("second", ppo={"kl_control": "adaptive", "kl_horizon": 20.0, "scale_scores": True})
+    prepare = stage.Trainer.prepare
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            stage.Trainer, "prepare", lambda self: (setattr(self, "start_from", first.out / "state"), prepare(self))[1]
+        )
+        patch.setattr(stage.Trainer, "step", lambda self, update: pytest.fail("stop") if update > 1 else _state(self))
+        with pytest.raises(_StateError) as found:
+            stage.run(second)
+    progress, weights, steps = found.value.args
+    saved = json.loads((first.out / "state" / "controllers.json").read_text())
+    assert (progress.update, progress.kl_coef, list(progress.scores)) == (0, saved["kl_coef"], saved["scores"])
+    assert saved["kl_coef"] != 0.05
+    assert all(
+        torch.equal(weight, weights[name]) for name, weight in load_file(first.out / "state/policy.safetensors").items()
+    )
+    assert steps == {6}
+
+
+class _StateError(Exception):
+    """Carries a trainer's state out of a stage."""
+
+
+def _state(trainer: Any) -> None:
+    weights = {name: p.detach().clone() for name, p in trainer.policy.named_parameters()}
+    steps = {int(state["step"]) for state in trainer.learner.optimizer.state_dict()["state"].values()}
+    raise _StateError(trainer.progress, weights, steps)
 
 
 @pytest.mark.parametrize("rank", [0, 2])
@@ -129,9 +220,9 @@ def test_without_reward_stage_the_value_model_starts_from_the_policy_at_zero(
     train = stage.Trainer.train
 
     def spy(self: Any) -> dict[str, float]:
-        started["head"] = self.value_model.classifier.score.weight.clone()
+        started["head"] = self.value_model.model.score.weight.clone()
         started["trunk"] = torch.equal(
-            self.value_model.classifier.transformer.wte.weight, self.policy.causal.transformer.wte.weight
+            self.value_model.model.transformer.wte.weight, self.policy.model.transformer.wte.weight
         )
         return train(self)
 

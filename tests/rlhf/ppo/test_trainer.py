@@ -102,6 +102,35 @@ def test_adaptive_kl(make_trainer: MakeTrainer) -> None:
     assert coefficients[1] == pytest.approx(0.1 * (1 - 0.2 * 0.08))  # the first KL is 0
 
 
+def test_the_learning_rate_follows_the_approx_kl(make_trainer: MakeTrainer) -> None:
+    """Of the policy alone; it is what the update before made of it."""
+    trainer = make_trainer(
+        lr_target_kl=0.02, learning_rate=1e-4, value_learning_rate=2e-3, epochs=4, updates=6, schedule="constant"
+    )
+    trainer.prepare()
+    scale, seen = 1.0, set()
+    for update in range(1, 7):
+        metrics = trainer.step(update)
+        assert [group["lr"] for group in trainer.learner.optimizer.param_groups] == pytest.approx([1e-4 * scale, 2e-3])
+        seen.add(metrics["ppo/approx_kl"] > 0.04)
+        scale = core.next_lr_scale(scale, metrics["ppo/approx_kl"], 0.02)
+        assert trainer.progress.lr_scale == pytest.approx(scale)
+    assert scale > 1.0
+
+
+def test_scores_are_divided_by_their_running_standard_deviation(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(scale_scores=True, score_clip=1.5)
+    trainer.prepare()
+    every: list[torch.Tensor] = []
+    for update in (1, 2, 3):
+        rollout = trainer.rollout(update)
+        scored = trainer.score(rollout, update)
+        every.append(scored.raw_scores)
+        expected = (scored.raw_scores / torch.cat(every).std(correction=0)).clamp(-1.5, 1.5)
+        torch.testing.assert_close(scored.scores, expected)
+        assert (scored.raw_scores / torch.cat(every).std(correction=0)).max() > 1.5  # the clip comes second
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -176,13 +205,18 @@ def test_rewards_are_weighted_and_each_is_a_metric(make_trainer: MakeTrainer) ->
     assert metrics["ppo/score_mean"] == pytest.approx(2.0 * metrics["ppo/reward/one"] - 5.0)
 
 
-def test_gradient_checkpointing_trains_alike(make_trainer: MakeTrainer, tiny: Any) -> None:
+@pytest.mark.parametrize("lora", [0, 2])
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "falcon", "gpt_bigcode", "t5"])
+def test_gradient_checkpointing_trains_alike(
+    architecture: str, lora: int, make_trainer: MakeTrainer, tiny: Any
+) -> None:
     results = []
     for on in (False, True):
-        trainer = make_trainer()
+        trainer = make_trainer(architecture, lora=lora)
         if on:
             for model in (trainer.policy.model, trainer.value_model.model):
                 model.activation_checkpointing_enable({"use_reentrant": False})
+                assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         trainer.prepare()
         trainer.step(1)
         results.append(tiny.weights(trainer))
@@ -195,9 +229,9 @@ def test_every_update_has_every_metric(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer()
     finals = trainer.train()
     names = (
-        "reward_mean reward_std score_mean score_std kl kl_stderr kl_coef entropy policy_loss value_loss approx_kl clip_fraction "
-        "value_clip_fraction ratio_mean ratio_max explained_variance advantage_mean advantage_std grad_norm "
-        "grad_clip_fraction learning_rate response_length_mean eos_rate tokens_per_second seconds/rollout "
+        "reward_mean reward_std score_mean score_std kl kl_stderr kl_coef entropy policy_loss value_loss approx_kl "
+        "clip_fraction value_clip_fraction ratio_mean ratio_max explained_variance advantage_mean advantage_std "
+        "grad_norm grad_clip_fraction learning_rate response_length_mean eos_rate tokens_per_second seconds/rollout "
         "seconds/score seconds/optimise peak_memory_bytes reward/odd"
     )
     assert [step for step, _ in trainer.tracker.points] == [1, 2, 3, 4]
