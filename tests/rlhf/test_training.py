@@ -95,6 +95,13 @@ def test_device_of(monkeypatch: pytest.MonkeyPatch, device: Any, there: bool, ex
     assert training.mixed_precision(Resources(device=device, precision="fp32")) == "no"
 
 
+def test_fp16_needs_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"resources\.precision is `fp16`, which needs a CUDA device"):
+        training.mixed_precision(Resources(device="cpu", precision="fp16"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert training.mixed_precision(Resources(device="cuda", precision="fp16")) == "fp16"
+
+
 def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"resources.device is `cuda`.*`auto` or `cpu`"):

@@ -49,8 +49,11 @@ WHOLE_REVIEWS = 500  # on which the reward's accuracy is measured window by wind
 
 # --------------------------------------------------------------------------------------------------------------- reward
 def negative(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
-    """Log-odds that each continuation is from a negative review."""
-    return log_odds(*reward_model(out_folder()), responses).tolist()
+    """The probability that each continuation is from a negative review.
+
+    Not its log-odds: PPO would raise those for ever, with more and more of the same few words.
+    """
+    return log_odds(*reward_model(out_folder()), responses).sigmoid().tolist()
 
 
 def cut(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
@@ -208,7 +211,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         result[f"negative_{name}"] = share
         result[f"negative_{name}_se"] = math.sqrt(share * (1 - share) / len(prompts))
         result[f"distinct_2_{name}"] = distinct_2(responses)
-        result[f"reward_{name}"] = float(log_odds(*reward_model(args.out), responses).mean())
+        result[f"reward_{name}"] = float(log_odds(*reward_model(args.out), responses).sigmoid().mean())
     result["distinct_2_ratio"] = result["distinct_2_after"] / result["distinct_2_before"]
     return result | {"kl": kl.mean().item(), "kl_se": kl.std().item() / math.sqrt(len(kl))}
 

@@ -1,0 +1,108 @@
+"""fp16 with loss scaling: an overflow moves nothing and halves the scale, and the scale is part of the state.
+
+accelerate offers fp16 on GPUs only. Its two parts, autocast and the gradient scaler, work on a CPU too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from rlhf.errors import TrainingError
+from rlhf.ppo.trainer import Trainer
+
+MakeTrainer = Callable[..., Trainer]
+
+
+@pytest.fixture
+def half() -> Iterator[Callable[[float], Accelerator]]:
+    """Makes the accelerator of an fp16 training, with the loss scale that it starts from."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+    def make(scale: float) -> Accelerator:
+        accelerator = Accelerator(cpu=True)
+        accelerator.state._mixed_precision = "fp16"
+        accelerator.native_amp = True
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=1000)
+        return accelerator
+
+    yield make
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def prepared(trainer: Trainer, accelerator: Accelerator) -> Trainer:
+    trainer.accelerator = accelerator
+    trainer.prepare()
+    return trainer
+
+
+@pytest.mark.parametrize(("architecture", "lora", "value"), [("gpt2", 0, "separate"), ("llama", 2, "shared")])
+def test_the_scale_is_not_in_the_gradients(
+    architecture: str,
+    lora: int,
+    value: str,
+    make_trainer: MakeTrainer,
+    half: Callable[[float], Accelerator],
+    experience: Any,
+    tiny: Any,
+) -> None:
+    found = []
+    for scale in (1.0, 1024.0):
+        trainer = prepared(make_trainer(architecture, lora=lora, value_model=value, max_grad_norm=1e9), half(scale))
+        step = trainer.learner.backward(experience(trainer), torch.arange(8))
+        found.append((tiny.gradients(trainer), step.grad_norm))
+    assert ((found[0][0] - found[1][0]).norm() / found[0][0].norm()).item() < 0.02  # fp16 has 11 bits
+    assert found[0][1] == pytest.approx(found[1][1], rel=0.02)
+    single = make_trainer(architecture, lora=lora, value_model=value, max_grad_norm=1e9)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    prepared(single, Accelerator(cpu=True))
+    exact = single.learner.backward(experience(single), torch.arange(8)).grad_norm
+    assert found[0][1] == pytest.approx(exact, rel=0.1)
+
+
+def test_the_first_step_starts_at_ratio_one(make_trainer: MakeTrainer, half: Callable[[float], Accelerator]) -> None:
+    trainer = prepared(make_trainer(epochs=1), half(1024.0))
+    metrics = trainer.step(1)
+    assert abs(metrics["ppo/ratio_max"] - 1.0) < 1e-5
+    assert (metrics["ppo/loss_scale"], metrics["ppo/overflows"]) == (1024.0, 0.0)
+
+
+def test_an_overflow_moves_nothing_and_halves_the_scale(
+    make_trainer: MakeTrainer, half: Callable[[float], Accelerator], tiny: Any
+) -> None:
+    trainer = prepared(make_trainer(epochs=1), half(2.0**60))
+    before = tiny.weights(trainer)
+    metrics = trainer.step(1)
+    assert metrics["ppo/overflows"] == 1.0
+    assert metrics["ppo/loss_scale"] == 2.0**59
+    assert all(torch.equal(weight, before[name]) for name, weight in tiny.weights(trainer).items())
+    while metrics["ppo/overflows"]:
+        metrics = trainer.step(1)
+    assert any(not torch.equal(weight, before[name]) for name, weight in tiny.weights(trainer).items())
+
+
+def test_a_gradient_that_no_scale_saves_stops_the_run(
+    make_trainer: MakeTrainer, half: Callable[[float], Accelerator]
+) -> None:
+    trainer = prepared(make_trainer(epochs=1), half(4.0))
+    trainer.learner.trainable[0][0].register_hook(lambda gradient: gradient * torch.nan)
+    for _ in range(2):  # 4 -> 2 -> 1
+        assert trainer.step(1)["ppo/overflows"] == 1.0
+    with pytest.raises(TrainingError, match="a loss or gradient is not finite"):
+        trainer.step(1)
+
+
+def test_the_scale_is_resumed(make_trainer: MakeTrainer, half: Callable[[float], Accelerator], tmp_path: Path) -> None:
+    trainer = prepared(make_trainer(), half(2.0**60))
+    trainer.step(1)
+    trainer.save()
+    assert trainer.accelerator.scaler.get_scale() < 2.0**60
+    resumed = prepared(make_trainer(), half(2.0**60))
+    resumed.restore()
+    assert resumed.accelerator.scaler.get_scale() == trainer.accelerator.scaler.get_scale()
