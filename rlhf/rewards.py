@@ -235,6 +235,11 @@ class Rewards:
 
     parts: Mapping[str, tuple[float, Scorer]]
 
+    @classmethod
+    def of(cls, *functions: RewardFunction) -> Rewards:
+        """The plain sum of reward functions, each called by its own name."""
+        return cls({f.__name__: (1.0, FunctionScorer(f, f.__name__)) for f in functions})
+
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
     ) -> tuple[Tensor, dict[str, Tensor]]:

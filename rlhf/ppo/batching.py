@@ -15,6 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf import models
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,11 @@ class Prompts:
     texts: Sequence[str]
     token_ids: Sequence[Sequence[int]]
     columns: Mapping[str, Sequence[Any]]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **columns: Sequence[Any]) -> Prompts:
+        """Prompts for a causal model from their texts; ``columns`` are for the rewards."""
+        return cls(texts, models.prompt_token_ids(tokenizer, texts), columns)
 
     def __len__(self) -> int:
         return len(self.texts)

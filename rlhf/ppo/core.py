@@ -34,7 +34,7 @@ def own(tensor: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------- log-probabilities
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
     """log softmax(logits)[token] in float32. ``logits`` (N, V) are divided by the temperature already; (N,) -> (N,)."""
-    result: Tensor = _TokenLogprobs.apply(logits.float(), tokens[:, None])
+    result: Tensor = _TokenLogprobs.apply(logits.float(), tokens[:, None])  # type: ignore[no-untyped-call]
     return result
 
 
@@ -52,7 +52,7 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs.gather(1, tokens)[:, 0]
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         logprobs, tokens = ctx.saved_tensors
         table = logprobs.exp_().mul_(-gradient[:, None])

@@ -8,6 +8,7 @@ Shapes: B rows, P tokens of the longest prompt, d hidden size, L columns of a pr
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -20,6 +21,8 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from rlhf.ppo.sequences import prefix_mask
 from rlhf.ppo.settings import Generation
+
+log = logging.getLogger(__name__)
 
 COLUMNS = 64  # a preallocated cache is a multiple of this long, so that few shapes need a graph of their own
 
@@ -158,6 +161,7 @@ class StaticDecoder:
         self._mask = torch.zeros(count, 1, 1, columns, dtype=torch.bool, device=device)  # what the next token sees
         self._hidden: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
+        self._records = device.type == "cuda"  # whether a graph is worth trying
 
     def load(self, prompts: Tensor, prompt_lengths: Tensor) -> None:
         """Begin with these prompts."""
@@ -177,12 +181,11 @@ class StaticDecoder:
 
     def step(self, tokens: Tensor) -> Tensor:
         self._ids.copy_(tokens[:, None])
-        if self._ids.device.type != "cuda":
-            return self._in_place()
-        if self._graph is None:
+        if self._graph is None and self._records:
             self._record()
-        else:
-            self._graph.replay()
+        if self._graph is None:
+            return self._in_place()
+        self._graph.replay()
         assert self._hidden is not None
         return self._hidden.clone()
 
@@ -198,7 +201,7 @@ class StaticDecoder:
         return hidden
 
     def _record(self) -> None:
-        """Take one step, recording it. It runs twice: once so that libraries set themselves up, then as a graph."""
+        """Record a step, after running it once so that libraries set themselves up. A recording computes nothing."""
         state = [self._mask, self._column, self._positions, *(layer.cumulative_length for layer in self._cache.layers)]
         before = [tensor.clone() for tensor in state]
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -208,10 +211,15 @@ class StaticDecoder:
         torch.cuda.current_stream().wait_stream(side)
         for tensor, was in zip(state, before, strict=True):
             tensor.copy_(was)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._hidden = self._in_place()
-        self._graph.replay()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._hidden = self._in_place()
+        except RuntimeError as error:  # a model that waits for the GPU, say
+            log.warning("decoding without CUDA graphs, which is slower: %s", error)
+            self._records = False
+        else:
+            self._graph = graph
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         with _casting_anew():

@@ -24,7 +24,8 @@ from rlhf.ppo.settings import Generation
 class Rollout(NamedTuple):
     """Responses that the policy sampled. ``logprobs`` and ``entropies`` (B, T) are at the sampling temperature.
 
-    ``values`` (B, T) are those of the policy's value head, None without one.
+    ``values`` (B, T) are those of the policy's value head, None without one. ``drawn_logprobs`` (B, T) are those that
+    decoding saw; the same as ``logprobs`` but in low precision.
     """
 
     prompts: Prompts
@@ -34,6 +35,7 @@ class Rollout(NamedTuple):
     logprobs: Tensor
     entropies: Tensor
     values: Tensor | None
+    drawn_logprobs: Tensor
 
 
 class Scored(NamedTuple):
@@ -84,7 +86,7 @@ def collect(
         [row[:count] for row, count in zip(tokens, counts, strict=True)], skip_special_tokens=True
     )
     tables = generated.logprobs, generated.entropies, generated.values
-    return Rollout(prompts, texts, sequences, generated.ended, *tables)
+    return Rollout(prompts, texts, sequences, generated.ended, *tables, drawn_logprobs=generated.logprobs)
 
 
 @torch.no_grad()

@@ -30,9 +30,10 @@ def metrics(
 
     ``ppo/reward_*`` are of an episode's sum of rewards before any whitening, ``ppo/score_*`` of its score as it went
     into them, ``ppo/reward/<name>`` of one component before its weight; ``ppo/kl`` is in nats per sequence, by the
-    unbiased k1 whatever estimator the rewards use, and ``ppo/kl_stderr`` its standard error. The advantages are those
-    before whitening. What comes from the optimizer steps is averaged over them (``ratio_max`` is the maximum;
-    ``grad_norm`` leaves overflows out).
+    unbiased k1 whatever estimator the rewards use, and ``ppo/kl_stderr`` its standard error. ``ppo/sampling_gap`` is
+    the mean difference between the log-probabilities that decoding saw and those of a forward pass in the update's
+    precision (0 in float32, where the former are used). The advantages are those before whitening. What comes from
+    the optimizer steps is averaged over them (``ratio_max`` is the maximum; ``grad_norm`` leaves overflows out).
     """
     mask = rollout.sequences.mask
     every = torch.ones_like(rollout.ended)  # episodes have no mask
@@ -53,6 +54,7 @@ def metrics(
         "score_std": spread(scored.scores),
         "kl": mean(kl),
         "kl_stderr": spread(kl) / math.sqrt(total(every.sum()).item()),
+        "sampling_gap": core.moments((rollout.drawn_logprobs - rollout.logprobs).abs(), mask, total).mean.item(),
         "entropy": core.moments(rollout.entropies, mask, total).mean.item(),
         "explained_variance": core.explained_variance(scored.values, experience.returns, mask, total).item(),
         "advantage_mean": advantages.mean.item(),

@@ -65,6 +65,11 @@ def cut(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> lis
     return [max(0.0, 1.0 - len(ids) / NEW_TOKENS) for ids in tokenizer(list(responses))["input_ids"]]
 
 
+def repeated(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
+    """The share of a continuation's word pairs that it has more than once; its quality, not its sentiment."""
+    return [1.0 - distinct_2([response]) for response in responses]
+
+
 def out_folder() -> Path:
     """Where ``prepare`` wrote."""
     return Path(os.environ["SENTIMENT_DIR"])
@@ -232,7 +237,7 @@ def continue_all(
 def distinct_2(texts: Sequence[str]) -> float:
     """Different pairs of neighbouring words, as a share of all pairs."""
     pairs = [pair for text in texts for pair in pairwise(text.split())]
-    return len(set(pairs)) / len(pairs)
+    return len(set(pairs)) / max(1, len(pairs))
 
 
 def main() -> None:
