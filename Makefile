@@ -6,7 +6,7 @@ BIN := .venv/bin
 # One thread a process: several test processes on few cores otherwise slow each other down tenfold.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test check lint types bench wheel clean
+.PHONY: demo test check lint types bench mutations wheel clean
 
 demo: .venv/installed
 	$(BIN)/rlhf run demo
@@ -26,6 +26,9 @@ types: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python tests/bench/up_to_date.py
+
+mutations: .venv/installed
+	$(BIN)/python tests/mutations.py
 
 wheel: .venv/installed
 	bash tests/wheel.sh

@@ -100,12 +100,12 @@ MUTATIONS = [
     Mutation(
         "2", "an encoder does not mask its padding", "ppo/policy.py",
         "_filled(sequences.prompts, seen), attention_mask=seen)", "_filled(sequences.prompts, seen))",
-        "test_invariants.py -k padding",
+        "test_invariants.py test_policy.py -k 'micro_batches or plain_forward'",
     ),
     Mutation(
         "2", "a decoder attends to the prompts' padding", "ppo/policy.py",
         "            encoder_attention_mask=seen,\n", "",
-        "test_invariants.py -k padding",
+        "test_invariants.py test_policy.py -k 'micro_batches or plain_forward'",
     ),
     Mutation(
         "2", "no factor for the average that DDP takes", "ppo/learner.py",

@@ -228,12 +228,12 @@ def test_gradient_checkpointing_trains_alike(
 def test_every_update_has_every_metric(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer()
     finals = trainer.train()
-    names = (
-        "reward_mean reward_std score_mean score_std kl kl_stderr kl_coef sampling_gap entropy policy_loss "
-        "value_loss approx_kl clip_fraction value_clip_fraction ratio_mean ratio_max explained_variance "
-        "advantage_mean advantage_std grad_norm grad_clip_fraction learning_rate response_length_mean eos_rate tokens_per_second seconds/rollout "
-        "seconds/score seconds/optimise peak_memory_bytes reward/odd"
-    )
+    names = """
+        reward_mean reward_std score_mean score_std reward/odd kl kl_stderr kl_coef sampling_gap entropy
+        policy_loss value_loss approx_kl clip_fraction value_clip_fraction ratio_mean ratio_max explained_variance
+        advantage_mean advantage_std grad_norm grad_clip_fraction learning_rate response_length_mean eos_rate
+        tokens_per_second seconds/rollout seconds/score seconds/optimise peak_memory_bytes
+    """
     assert [step for step, _ in trainer.tracker.points] == [1, 2, 3, 4]
     for _, values in trainer.tracker.points:
         assert values.keys() == {f"ppo/{name}" for name in names.split()}
