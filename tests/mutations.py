@@ -229,7 +229,7 @@ MUTATIONS = [
     # --- 7: resuming
     Mutation(
         "7", "the optimizer is not restored", "ppo/state.py",
-        "    learner.optimizer.load_state_dict(", "    dict(",
+        "    _load_moments(learner.optimizer, path / OPTIMIZER)\n", "",
         "test_resume.py -k 'same_bits and gpt2'",
     ),
     Mutation(

@@ -26,7 +26,7 @@ from rlhf.ppo.learner import Learner
 from rlhf.ppo.policy import Policy
 
 BEST = "best"  # folder of the best evaluated policy, among the checkpoints
-CONTROLLERS = "controllers.json"
+CONTROLLERS, OPTIMIZER = "controllers.json", "optimizer.safetensors"
 REMEMBERED = ("reward_mean", "score_mean", "kl", "response_length_mean", "eos_rate")
 
 
@@ -69,7 +69,7 @@ def save(directory: Path, learner: Learner, progress: Progress, mark: int) -> No
     def write(path: Path) -> None:
         for name, model in _models(learner).items():
             save_file(_trainable(model), path / f"{name}.safetensors")
-        torch.save(learner.optimizer.state_dict(), path / "optimizer.pt")
+        save_file(_moments(learner.optimizer), path / OPTIMIZER)
         _write_json(path / "progress.json", {"mark": mark, "progress": asdict(progress)})
         scaler = learner.accelerator.scaler
         controllers = {"kl_coef": progress.kl_coef, "lr_scale": progress.lr_scale, "scores": progress.scores}
@@ -106,7 +106,7 @@ def load(path: Path, learner: Learner) -> Progress:
     """
     for name, model in _models(learner).items():
         _load_into(model, path / f"{name}.safetensors")
-    learner.optimizer.load_state_dict(torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True))
+    _load_moments(learner.optimizer, path / OPTIMIZER)
     controllers = json.loads((path / CONTROLLERS).read_text(encoding="utf-8"))
     scaler, saved = learner.accelerator.scaler, controllers["loss_scaler"]
     if scaler is not None and saved is not None:
@@ -119,7 +119,7 @@ def export(directory: Path, target: Path) -> None:
     path = checkpoints.latest(directory)
     assert path is not None  # a training that has ended has saved
     target.mkdir()
-    for file in (*path.glob("*.safetensors"), path / "optimizer.pt", path / CONTROLLERS):
+    for file in (*path.glob("*.safetensors"), path / CONTROLLERS):
         shutil.copyfile(file, target / file.name)
 
 
@@ -160,6 +160,20 @@ def save_batch(path: Path, batch: Any) -> None:
     """Write tensors and texts in nested dicts so that ``torch.load`` reads them without running code."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(_plain(batch), path)
+
+
+def _moments(optimizer: Any) -> dict[str, Tensor]:
+    """AdamW's step and two moments of each weight, by the weight's number; its rates are set anew in every update."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": x.detach().cpu().contiguous() for i, values in state.items() for name, x in values.items()}
+
+
+def _load_moments(optimizer: Any, path: Path) -> None:
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in load_file(path).items():
+        number, _, name = key.partition(".")
+        state.setdefault(int(number), {})[name] = tensor
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 def _trainable(model: nn.Module) -> dict[str, Tensor]:

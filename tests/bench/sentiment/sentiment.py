@@ -19,9 +19,10 @@ import json
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,14 @@ def cut(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> lis
     return [max(0.0, 1.0 - len(ids) / NEW_TOKENS) for ids in tokenizer(list(responses))["input_ids"]]
 
 
-def repeated(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
-    """The share of a continuation's word pairs that it has more than once; its quality, not its sentiment."""
-    return [1.0 - distinct_2([response]) for response in responses]
+def stale(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
+    """The share of a continuation's word pairs that are more than once in the batch.
+
+    Without it, the same sentence (the acting was bad, the plot was bad) ends up in every continuation.
+    """
+    pairs = [word_pairs(response) for response in responses]
+    count = Counter(chain.from_iterable(pairs))
+    return [sum(count[pair] > 1 for pair in own) / max(1, len(own)) for own in pairs]
 
 
 def out_folder() -> Path:
@@ -236,8 +242,13 @@ def continue_all(
 
 def distinct_2(texts: Sequence[str]) -> float:
     """Different pairs of neighbouring words, as a share of all pairs."""
-    pairs = [pair for text in texts for pair in pairwise(text.split())]
-    return len(set(pairs)) / max(1, len(pairs))
+    pairs = [pair for text in texts for pair in word_pairs(text)]
+    return len(set(pairs)) / len(pairs)
+
+
+def word_pairs(text: str) -> list[tuple[str, str]]:
+    """Pairs of neighbouring words."""
+    return list(pairwise(text.split()))
 
 
 def main() -> None:

@@ -136,12 +136,12 @@ def test_a_damaged_checkpoint_is_passed_over(
 ) -> None:
     trainer = make_trainer()
     expected = trainer.train()
-    damaged = tmp_path / "checkpoints" / "checkpoint-4" / "optimizer.pt"
+    damaged = tmp_path / "checkpoints" / "checkpoint-4" / "optimizer.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-10])
     again = make_trainer()
     assert again.train() == expected
     assert [step for step, _ in again.tracker.points] == [3, 4]
-    assert "optimizer.pt has changed" in caplog.text
+    assert "optimizer.safetensors has changed" in caplog.text
 
 
 def test_a_checkpoint_of_another_model_is_refused(make_trainer: MakeTrainer) -> None:

@@ -102,7 +102,7 @@ def test_what_the_stage_writes(rank: int, make: Callable[..., Context], tmp_path
     shared = {"state", "adapter"} if rank else {"state"}
     assert shared <= {path.name for path in context.out.iterdir()}
     state = {path.name for path in (context.out / "state").iterdir()}
-    assert state == {"policy.safetensors", "value_model.safetensors", "optimizer.pt", "controllers.json"}
+    assert state == {"policy.safetensors", "value_model.safetensors", "optimizer.safetensors", "controllers.json"}
     written -= state | ({"adapter_config.json", "adapter_model.safetensors"} if rank else set())
     assert written == {
         *("config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
