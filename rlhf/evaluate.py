@@ -24,6 +24,7 @@ from rlhf.errors import ConfigError, DataError
 from rlhf.intervals import Estimate
 from rlhf.ppo import batching
 from rlhf.ppo.batching import Prompts
+from rlhf.ppo.checks import check_policy
 from rlhf.ppo.generation import GREEDY
 from rlhf.ppo.policy import Policy, exact_kl
 from rlhf.ppo.rollout import collect, per_token
@@ -117,7 +118,7 @@ def _policy_answers(context: Context, rows: HeldOut, device: torch.device) -> di
 
 def _policy(context: Context, path: str, device: torch.device) -> Policy:
     policy = Policy(models.load_policy(path, **context.model_options(path)).to(device).eval())
-    policy.check()
+    check_policy(policy)
     return policy
 
 

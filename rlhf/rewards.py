@@ -224,8 +224,10 @@ class RewardModel:
             pooled: Tensor = self.model(input_ids=ids, attention_mask=mask).logits[:, 0]
             return pooled
         hidden = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        last: Tensor = head(hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
-        return last[:, 0]
+        last = hidden[torch.arange(len(ids), device=ids.device), lengths - 1]
+        with torch.autocast(last.device.type, enabled=False):  # a score in bf16 has three digits
+            scores: Tensor = head(last.float())
+        return scores[:, 0]
 
 
 # --------------------------------------------------------------------------------------------------------- weighted sum

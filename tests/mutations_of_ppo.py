@@ -51,8 +51,8 @@ MUTATIONS = [
     # --- 2: gradients depend on neither micro-batches, padding nor processes
     Mutation(
         "2", "each micro-batch is divided by its own tokens", "ppo/learner.py",
-        "self._losses(part, scale, policy_learns)",
-        "self._losses(part, 1.0 / part.sequences.response_lengths.sum(), policy_learns)",
+        "self._policy_loss(part, scale) if policy_learns",
+        "self._policy_loss(part, 1.0 / part.sequences.response_lengths.sum()) if policy_learns",
         "test_invariants.py -k micro_batches",
     ),
     Mutation(
@@ -67,7 +67,7 @@ MUTATIONS = [
     ),
     Mutation(
         "2", "value_coef left out for a value model of its own", "ppo/learner.py",
-        "self.accelerator.backward(s.value_coef * value.loss * scale)", "self.accelerator.backward(value.loss * scale)",
+        "backward(self.settings.value_coef * value.loss * scale)", "backward(value.loss * scale)",
         "test_invariants.py -k one_plain_loss",
     ),
     Mutation(
@@ -209,6 +209,11 @@ MUTATIONS = [
         "return torch.cat([start, responses[:, :-1]], dim=1)", "return responses",
         "test_policy.py",
     ),
+    Mutation(
+        "6", "a static cache for attention that adds its mask", "ppo/decoding.py",
+        'model.config._attn_implementation == "sdpa"', "True",
+        "test_generation.py -k eager",
+    ),
     # --- 7: resuming
     Mutation(
         "7", "the optimizer is not restored", "ppo/state.py",
@@ -310,6 +315,11 @@ MUTATIONS = [
         "overflow = scaler is not None and", "overflow = False and scaler is not None and",
         "test_half_precision.py",
     ),
+    Mutation(
+        "11", "an early stop in fp16 leaves the scaler as it is", "ppo/learner.py",
+        "            self.accelerator.scaler.update()", "            pass",
+        "test_half_precision.py -k early",
+    ),
     # --- options
     Mutation(
         "options", "a warm-up trains the policy too", "ppo/trainer.py",
@@ -335,6 +345,11 @@ MUTATIONS = [
         "options", "each update draws the same numbers", "ppo/trainer.py",
         'batching.generator(self.seed, "sample", update)', 'batching.generator(self.seed, "sample", 1)',
         "test_invariants.py -k draws_anew",
+    ),
+    Mutation(
+        "options", "what a killed attempt kept as the best stays", "ppo/state.py",
+        '    checkpoints.drop_after(directory / BEST,', '    (directory / BEST,',
+        "test_heldout.py -k kept_by_a_killed",
     ),
     Mutation(
         "options", "the KL budget is not kept", "ppo/heldout.py",

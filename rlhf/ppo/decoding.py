@@ -57,21 +57,32 @@ def make_decoder(
         return CrossDecoder(model, prompts, prompt_lengths)
     wants_static = backend == "static" or (backend == "auto" and prompts.device.type == "cuda")
     if not (wants_static and allows_static(model)):
-        return DynamicDecoder(model, prompts, prompt_lengths)
+        return DynamicDecoder(model, prompts, prompt_lengths, limit)
     columns = -(-(int(prompt_lengths.max()) + limit) // COLUMNS) * COLUMNS
     shape = len(prompts), columns
     if shape not in kept:
+        kept.clear()  # one at a time: a cache is large
         kept[shape] = StaticDecoder(model, *shape)
     kept[shape].load(prompts, prompt_lengths)
     return kept[shape]
 
 
 def allows_static(model: PreTrainedModel) -> bool:
-    """Whether every layer attends to all that came before, by positions that it is given."""
+    """Whether a cache with columns that are still empty can be masked.
+
+    Every layer must attend to all that came before, by positions that it is given, and its attention must read a mask
+    of booleans: eager implementations add masks.
+    """
+    reads_booleans = model.config._attn_implementation == "sdpa"
+    return attends_to_all(model) and reads_booleans and not getattr(model.config, "alibi", False)
+
+
+def attends_to_all(model: PreTrainedModel) -> bool:
+    """Whether no layer has an attention window or another state than keys and values."""
     config = model.config
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
-    return kinds == {"full_attention"} and not windowed and not getattr(config, "alibi", False)
+    return kinds == {"full_attention"} and not windowed
 
 
 class DynamicDecoder:
@@ -79,13 +90,14 @@ class DynamicDecoder:
 
     drops_rows = True
 
-    def __init__(self, model: PreTrainedModel, prompts: Tensor, prompt_lengths: Tensor) -> None:
+    def __init__(self, model: PreTrainedModel, prompts: Tensor, prompt_lengths: Tensor, limit: int) -> None:
         self._model = model
         self._ids, self._mask = pad_left(prompts, prompt_lengths)
         self._positions = positions_of(self._mask)
-        self._cache = (
-            Cache(layer_class_to_replicate=GrowingLayer) if allows_static(model) else DynamicCache(config=model.config)
-        )
+        self._cache: Cache = DynamicCache(config=model.config)
+        if attends_to_all(model):
+            most = self._ids.shape[1] + limit
+            self._cache = Cache(layers=[_GrowingLayer(most) for _ in range(model.config.num_hidden_layers)])
 
     def start(self) -> Tensor:
         return self._forward(self._ids)
@@ -206,20 +218,23 @@ class StaticDecoder:
         before = [tensor.clone() for tensor in state]
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            self._in_place()
-        torch.cuda.current_stream().wait_stream(side)
-        for tensor, was in zip(state, before, strict=True):
-            tensor.copy_(was)
-        graph = torch.cuda.CUDAGraph()
+        mode = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")  # what waits for the GPU cannot be recorded: learn it before trying
         try:
-            with torch.cuda.graph(graph):
-                self._hidden = self._in_place()
-        except RuntimeError as error:  # a model that waits for the GPU, say
-            log.warning("decoding without CUDA graphs, which is slower: %s", error)
+            with torch.cuda.stream(side):
+                self._in_place()
+        except RuntimeError as error:
+            log.warning("decoding without CUDA graphs, which is slower: this model waits for the GPU: %s", error)
             self._records = False
-        else:
-            self._graph = graph
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            torch.cuda.current_stream().wait_stream(side)
+            for tensor, was in zip(state, before, strict=True):
+                tensor.copy_(was)
+        if self._records:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._hidden = self._in_place()
 
     def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
         with _casting_anew():
@@ -233,8 +248,15 @@ class StaticDecoder:
         return hidden[:, -1]
 
 
-class GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values at the front of buffers that double when they are full: a step does not copy what came before."""
+class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values at the front of buffers that double when they are full: a step does not copy what came before.
+
+    There will be no more than ``most`` columns.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **options: object
@@ -246,7 +268,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]
         start, self._length = self._length, self._length + key_states.shape[-2]
         for i, states in enumerate((key_states, value_states)):
             if self._length > self._buffers[i].shape[-2]:
-                longer = states.new_empty(*states.shape[:2], 2 * self._length, states.shape[-1])
+                longer = states.new_empty(*states.shape[:2], min(2 * self._length, self._most), states.shape[-1])
                 longer[:, :, :start] = self._buffers[i][:, :, :start]
                 self._buffers[i] = longer
             self._buffers[i][:, :, start : self._length] = states

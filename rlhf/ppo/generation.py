@@ -6,7 +6,7 @@ row's response is a function of this row's numbers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -49,20 +49,26 @@ def generate(
     temperature: float,
     eos_token_id: int,
     backend: Generation = "auto",
+    rows_at_once: int | None = None,
 ) -> Generated:
-    """Sample from softmax(logits / temperature) until end-of-sequence or the limit, all rows at once.
+    """Sample from softmax(logits / temperature) until end-of-sequence or the limit.
 
     Args:
         prompts: (B, P), padded on the right to ``prompt_lengths`` (B,).
         uniforms: (B, limit), numbers in [0, 1) that decide every draw: row b's response depends on row b's numbers
             only, whatever the other rows do, and a response has at most ``limit`` tokens.
+        rows_at_once: None is all of them.
     """
-    drawing = _Drawing(uniforms, temperature, eos_token_id)
-    if backend == "transformers":
-        _with_transformers(policy.language_model, prompts, prompt_lengths, drawing)
-    else:
-        _with_decoder(policy, prompts, prompt_lengths, drawing, backend)
-    return drawing.result()
+    made = []
+    for start in range(0, len(prompts), rows_at_once or len(prompts)):
+        rows = slice(start, start + (rows_at_once or len(prompts)))
+        drawing = _Drawing(uniforms[rows], temperature, eos_token_id)
+        if backend == "transformers":
+            _with_transformers(policy.language_model, prompts[rows], prompt_lengths[rows], drawing)
+        else:
+            _with_decoder(policy, prompts[rows], prompt_lengths[rows], drawing, backend)
+        made.append(drawing)
+    return _joined(made)
 
 
 class _Drawing:
@@ -95,11 +101,18 @@ class _Drawing:
             self.values = torch.zeros_like(self.uniforms) if self.values is None else self.values
             self.values[rows, self.at] = values
 
-    def result(self) -> Generated:
-        width = int(self.lengths.max())
-        values = None if self.values is None else self.values[:, :width]
-        tables = self.tokens[:, :width], self.lengths, self.ended, self.logprobs[:, :width], self.entropies[:, :width]
-        return Generated(*tables, values)
+
+def _joined(made: Sequence[_Drawing]) -> Generated:
+    """The tables of all batches, as wide as the longest response."""
+    lengths = torch.cat([one.lengths for one in made])
+    width = int(lengths.max())
+
+    def table(name: str) -> Tensor:
+        return torch.cat([getattr(one, name)[:, :width] for one in made])
+
+    values = None if made[0].values is None else table("values")
+    ended = torch.cat([one.ended for one in made])
+    return Generated(table("tokens"), lengths, ended, table("logprobs"), table("entropies"), values)
 
 
 def _with_decoder(

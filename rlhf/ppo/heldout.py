@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, TrainingError
 from rlhf.ppo import batching
 from rlhf.ppo.batching import Prompts
 from rlhf.ppo.generation import GREEDY
@@ -74,6 +75,7 @@ def metrics(
         temperature or GREEDY,
         torch.device(accelerator.device),
         s.generation,
+        s.generation_batch,
     )
     scores, components = rewards(made.prompts.texts, made.responses, made.prompts.columns)
     kl = per_token(
@@ -91,7 +93,10 @@ def metrics(
     sums = torch.stack([values.double().sum().to(accelerator.device) for values in columns.values()])
     if accelerator.num_processes > 1:
         sums = accelerator.reduce(sums, "sum")
-    return dict(zip(columns, (sums / count).tolist(), strict=True))
+    means = dict(zip(columns, (sums / count).tolist(), strict=True))
+    if odd := [name for name, value in means.items() if not math.isfinite(value)]:
+        raise TrainingError(f"evaluation on held-out prompts: {', '.join(odd)} is not finite")
+    return means
 
 
 def better(metrics: Mapping[str, float], update: int, settings: Settings, best: Best | None) -> Best | None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -92,49 +92,62 @@ class Learner:
         s, device = self.settings, self.accelerator.device
         tokens = self.total(experience.sequences.response_lengths[rows].sum())
         scale = self.accelerator.num_processes / tokens  # DDP averages gradients over the processes
-        sums, ratio_max = torch.zeros(6, device=device), torch.zeros((), device=device)
         micro_batches = batching.micro_batches(experience.sequences.lengths[rows], s.micro_batch_tokens)
-        for i, micro in enumerate(micro_batches):
-            part = experience.select(rows[micro])
-            with self._synchronised(i + 1 == len(micro_batches)):
-                policy, value = self._losses(part, scale, policy_learns)
+        parts = [experience.select(rows[micro]) for micro in micro_batches]
+        ours, theirs, ratio_max = (torch.zeros(n, device=device) for n in (4, 2, 1))
+        # First all of the policy, then all of the value model: processes exchange gradients in the same order, however
+        # many micro-batches each of them has.
+        for part in self._synchronised(self.wrapped_policy, parts):
+            policy, value = self._policy_loss(part, scale) if policy_learns else (_unchanged(part.sequences.mask), None)
+            ours += _stack(policy.loss, policy.approx_kl, policy.clipped, policy.ratio)
             ratio_max = torch.maximum(ratio_max, policy.ratio_max)
-            parts = (policy.loss, value.loss, policy.approx_kl, policy.clipped, value.clipped, policy.ratio)
-            sums += torch.stack([x.detach().to(sums.dtype) for x in parts])
+            if value is not None:
+                theirs += _stack(value.loss, value.clipped)
+        if self.wrapped_value is not None:
+            for part in self._synchronised(self.wrapped_value, parts):
+                value = self._value_model_loss(part, scale)
+                theirs += _stack(value.loss, value.clipped)
         norm = torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, s.max_grad_norm))
+        means = self.total(torch.cat([ours, theirs])) / tokens
         largest = self.accelerator.gather(ratio_max).max()
-        numbers = torch.stack([*(self.total(sums) / tokens), largest, norm.to(largest)]).tolist()
+        loss, approx_kl, clipped, ratio, value_loss, value_clipped, highest, grad_norm = torch.stack(
+            [*means, largest, norm.to(largest)]
+        ).tolist()
         scaler = self.accelerator.scaler
-        overflow = scaler is not None and scaler.get_scale() > 1.0 and not math.isfinite(numbers[-1])
-        return Step(*numbers, overflow)  # type: ignore[call-arg]
+        overflow = scaler is not None and scaler.get_scale() > 1.0 and not math.isfinite(grad_norm)
+        return Step(loss, value_loss, approx_kl, clipped, value_clipped, ratio, highest, grad_norm, overflow)
 
     def step(self) -> None:
         """Move the weights by the gradients, and forget these. In fp16 an overflow moves nothing."""
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def _losses(self, part: Experience, scale: Tensor, policy_learns: bool) -> tuple[core.PolicyLoss, core.ValueLoss]:
-        """Both losses of one micro-batch and their backward passes.
+    def discard(self) -> None:
+        """Forget the gradients without a step."""
+        self.optimizer.zero_grad()
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.update()  # it counts what backward has unscaled
 
-        A value model of its own has a graph of its own, and the two are never in memory at once; a value head shares
-        the policy's forward and backward pass.
-        """
+    def _policy_loss(self, part: Experience, scale: Tensor) -> tuple[core.PolicyLoss, core.ValueLoss | None]:
+        """The objective of one micro-batch and its backward pass; a value head shares both."""
         s, mask = self.settings, part.sequences.mask
-        policy, value = _unchanged(mask), None
-        if policy_learns:
-            with_entropy = s.entropy_coef > 0.0
-            tokens = self.wrapped_policy(part.sequences, s.temperature, with_entropy)
-            policy = core.policy_loss(unpack(tokens.logprobs, mask), part.logprobs, part.advantages, mask, s.clip_range)
-            loss = policy.loss - (s.entropy_coef * tokens.entropies.sum() if with_entropy else 0.0)
-            if self.wrapped_value is None:
-                value = self._value_loss(tokens.values, part)
-                loss = loss + s.value_coef * value.loss
-            self.accelerator.backward(loss * scale)
-        if self.wrapped_value is not None:
-            value = self._value_loss(self.wrapped_value(part.sequences), part)
-            self.accelerator.backward(s.value_coef * value.loss * scale)
-        assert value is not None  # settings: a policy that does not learn has a value model that does
+        with_entropy = s.entropy_coef > 0.0
+        tokens = self.wrapped_policy(part.sequences, s.temperature, with_entropy)
+        policy = core.policy_loss(unpack(tokens.logprobs, mask), part.logprobs, part.advantages, mask, s.clip_range)
+        loss = policy.loss - (s.entropy_coef * tokens.entropies.sum() if with_entropy else 0.0)
+        value = None
+        if self.wrapped_value is None:
+            value = self._value_loss(tokens.values, part)
+            loss = loss + s.value_coef * value.loss
+        self.accelerator.backward(loss * scale)
         return policy, value
+
+    def _value_model_loss(self, part: Experience, scale: Tensor) -> core.ValueLoss:
+        """The loss of a value model of its own on one micro-batch, and its backward pass."""
+        assert self.wrapped_value is not None
+        value = self._value_loss(self.wrapped_value(part.sequences), part)
+        self.accelerator.backward(self.settings.value_coef * value.loss * scale)
+        return value
 
     def _value_loss(self, values: Tensor, part: Experience) -> core.ValueLoss:
         mask = part.sequences.mask
@@ -144,16 +157,15 @@ class Learner:
         """The sum over all processes."""
         return tensor if self.accelerator.num_processes == 1 else self.accelerator.reduce(tensor, "sum")
 
-    @contextmanager
-    def _synchronised(self, last: bool) -> Iterator[None]:
-        """Within it, backward passes exchange gradients between the processes only at a minibatch's last one."""
-        value = self.wrapped_value
-        none = nullcontext()
-        with (
-            none if last else self.accelerator.no_sync(self.wrapped_policy),
-            none if last or value is None else self.accelerator.no_sync(value),
-        ):
-            yield
+    def _synchronised(self, model: Any, parts: Sequence[Experience]) -> Iterator[Experience]:
+        """The micro-batches; gradients of a model are exchanged between the processes only at the last one."""
+        for i, part in enumerate(parts):
+            with nullcontext() if i + 1 == len(parts) else self.accelerator.no_sync(model):
+                yield part
+
+
+def _stack(*sums: Tensor) -> Tensor:
+    return torch.stack([x.detach().float() for x in sums])
 
 
 def _unchanged(mask: Tensor) -> core.PolicyLoss:

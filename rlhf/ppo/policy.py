@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from rlhf.errors import ModelError
 from rlhf.ppo import core
 from rlhf.ppo.decoding import Kept
 from rlhf.ppo.sequences import Sequences
@@ -78,7 +77,7 @@ class Policy(nn.Module):
         if getattr(config, "scale_decoder_outputs", False):  # T5
             hidden = hidden * config.d_model**-0.5
         bias, cap = getattr(model, "final_logits_bias", None), getattr(config, "final_logit_softcapping", None)
-        if bias is None and cap is None and head.bias is None:
+        if bias is None and cap is None and head.bias is None and temperature > 0.1:  # fp16 takes no number over 65504
             tempered: Tensor = head(hidden / temperature).float()  # d numbers a row to divide, in place of V
             return tempered
         logits: Tensor = head(hidden).float()
@@ -90,35 +89,13 @@ class Policy(nn.Module):
 
     def values(self, hidden: Tensor) -> Tensor | None:
         """Hidden states (N, d) -> values (N,) in float32; None without a value head."""
-        return None if self.value_head is None else self.value_head(hidden).squeeze(-1).float()
+        return None if self.value_head is None else read(self.value_head, hidden)
 
     def as_reference(self) -> Policy:
         """A frozen policy that stays as this one is now. With LoRA it shares all weights and has its adapters off."""
         if isinstance(self.model, PreTrainedModel):
             return Policy(copy.deepcopy(self.model).requires_grad_(False).eval())
         return WithoutAdapter(self.model)
-
-    @torch.no_grad()
-    def check(self) -> None:
-        """See that trunk, head and right padding give this model's own logits.
-
-        Raises:
-            ModelError: they do not, e.g. since the architecture scales its logits.
-        """
-        model = self.language_model
-        ids = torch.arange(1, 9, device=model.device)[None] % min(model.config.vocab_size, 97)
-        four = torch.tensor([4], device=model.device)
-        sequences = Sequences(ids[:, :4], four, ids[:, 4:], four)
-        if model.config.is_encoder_decoder:
-            logits = model(input_ids=ids[:, :4], decoder_input_ids=_shifted(model, sequences)).logits[0]
-        else:
-            logits = model(input_ids=ids).logits[0, 3:-1]
-        own = logits.float().log_softmax(-1).gather(1, ids[0, 4:, None])[:, 0]
-        if not torch.allclose(self(sequences, 1.0).logprobs, own, rtol=1e-3, atol=1e-3):
-            raise ModelError(
-                f"PPO does not know how a {model.config.model_type} model makes its logits from hidden states; "
-                "take another model.path, or extend Policy.logits"
-            )
 
 
 class WithoutAdapter(Policy):
@@ -166,8 +143,15 @@ class ValueModel(nn.Module):
         """V(s_t), packed (N,): the value before each response token."""
         model = plain(self.model)
         head = model.score if self.head is None else self.head
-        values: Tensor = head(response_hidden(model, sequences)).squeeze(-1).float()
+        values = read(head, response_hidden(model, sequences))
         return (values - getattr(model.config, "score_mean", 0.0)) / getattr(model.config, "score_std", 1.0)
+
+
+def read(head: nn.Module, hidden: Tensor) -> Tensor:
+    """Hidden states (N, d) -> one number each (N,), in float32 under autocast too: bf16 has three digits."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        numbers: Tensor = head(hidden.float())
+    return numbers.squeeze(-1)
 
 
 def zero_head(model: PreTrainedModel) -> nn.Linear:
@@ -194,7 +178,7 @@ def response_hidden(model: PreTrainedModel, sequences: Sequences) -> Tensor:
         seen = sequences.prompt_mask
         encoded = model.get_encoder()(input_ids=_filled(sequences.prompts, seen), attention_mask=seen)
         decoded: Tensor = model.get_decoder()(
-            input_ids=_shifted(model, sequences),
+            input_ids=shifted(model, sequences),
             encoder_hidden_states=encoded.last_hidden_state,
             encoder_attention_mask=seen,
             use_cache=False,
@@ -233,7 +217,7 @@ def _filled(ids: Tensor, mask: Tensor) -> Tensor:
     return ids.masked_fill(~mask, 0)
 
 
-def _shifted(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+def shifted(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """What a decoder reads, (B, T): its start token, then the response without its last token."""
     responses = _filled(sequences.responses, sequences.mask)
     start = torch.full_like(responses[:, :1], model.config.decoder_start_token_id)

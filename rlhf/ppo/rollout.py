@@ -76,10 +76,13 @@ def collect(
     temperature: float,
     device: torch.device,
     backend: Generation = "auto",
+    rows_at_once: int | None = None,
 ) -> Rollout:
     """Sample a response to each prompt. ``uniforms`` (B, limit) in [0, 1) decide the draws and the length limit."""
     ids, lengths = batching.pad(prompts.token_ids, device)
-    generated = generate(policy, ids, lengths, uniforms.to(device), temperature, int(tokenizer.eos_token_id), backend)
+    generated = generate(
+        policy, ids, lengths, uniforms.to(device), temperature, int(tokenizer.eos_token_id), backend, rows_at_once
+    )
     sequences = Sequences(ids, lengths, generated.responses, generated.lengths)
     tokens, counts = generated.responses.tolist(), generated.lengths.tolist()
     texts = tokenizer.batch_decode(

@@ -48,6 +48,10 @@ class Settings:
         True,
     )
 
+    generation_batch: int | None = option(
+        None, "Responses decoded at once: bounds the memory of keys and values. Default: all of a process.", True, ge=1
+    )
+
     learning_rate: float = option(3e-6, "Peak learning rate of AdamW for the policy.", gt=0)
     value_learning_rate: float | None = option(
         None, "Same for the value model (or head). Default: learning_rate.", gt=0

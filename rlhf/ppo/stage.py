@@ -48,7 +48,6 @@ def run(context: Context) -> dict[str, float]:
     where = context.model_options(context.sft_model())
     tokenizer = models.load_tokenizer(context.sft_model(), **where)
     policy = Policy(models.load_policy(context.sft_model(), **where))
-    policy.check()
     encoder = policy.language_model.config.is_encoder_decoder
     value_model = _value_model(context, policy) if config.ppo.value_model == "separate" else None
     policy.model = _trainable(policy.model, config)
@@ -71,8 +70,9 @@ def run(context: Context) -> dict[str, float]:
         checkpoints=context.checkpoints,
         seed=config.seed,
     )
-    for prompts in filter(None, (trainer.prompts, trainer.held_out)):
-        check_room(prompts, config.ppo.max_new_tokens, policy.language_model)
+    check_room(trainer.prompts, config.ppo.max_new_tokens, policy.language_model, "prompts/train")
+    if trainer.held_out is not None:
+        check_room(trainer.held_out, config.ppo.max_new_tokens, policy.language_model, "prompts/validation")
     finals = trainer.train()
     if accelerator.is_main_process:
         save(trainer, context.out)
@@ -122,7 +122,7 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, encoder: bool =
     return Prompts(texts, token_ids, columns)
 
 
-def check_room(prompts: Prompts, new_tokens: int, model: PreTrainedModel) -> None:
+def check_room(prompts: Prompts, new_tokens: int, model: PreTrainedModel, where: str) -> None:
     """See that each prompt with a response of the longest kind fits into the model's context.
 
     Raises:
@@ -135,7 +135,7 @@ def check_room(prompts: Prompts, new_tokens: int, model: PreTrainedModel) -> Non
         tokens, new_tokens = max(tokens, new_tokens), 0
     if limit is not None and tokens + new_tokens > limit:
         raise DataError(
-            f"prompts/train, row {longest}: {tokens} prompt tokens and ppo.max_new_tokens {new_tokens} are more than "
+            f"{where}, row {longest}: {tokens} prompt tokens and ppo.max_new_tokens {new_tokens} are more than "
             f"the model's context of {limit}; lower ppo.max_new_tokens, or set data.max_prompt_tokens to at most "
             f"{limit - new_tokens} with data.too_long: drop"
         )

@@ -64,7 +64,6 @@ class Progress:
 
 def save(directory: Path, learner: Learner, progress: Progress, mark: int) -> None:
     """Write the checkpoint of ``progress.update``; ``mark`` is the tracker's position."""
-    progress.saved = progress.update
 
     def write(path: Path) -> None:
         for name, model in _models(learner).items():
@@ -151,9 +150,13 @@ def _models(learner: Learner) -> dict[str, nn.Module]:
     return {name: model for name, model in both.items() if model is not None}
 
 
-def drop_damaged(directory: Path) -> None:
-    """Delete what is newer than the last good checkpoint, lest it be counted among the ones that are kept."""
+def drop_damaged(directory: Path, best: Best | None) -> None:
+    """Delete what is newer than the last good checkpoint, and than the best policy that it knows.
+
+    Else it would be counted among the ones that are kept, in place of them.
+    """
     checkpoints.drop_after(directory, checkpoints.latest(directory))
+    checkpoints.drop_after(directory / BEST, None if best is None else directory / BEST / f"checkpoint-{best.update}")
 
 
 def save_batch(path: Path, batch: Any) -> None:

@@ -22,6 +22,7 @@ from rlhf import models
 from rlhf.errors import ConfigError, RewardError, TrainingError
 from rlhf.ppo import batching, core, heldout, state, summary
 from rlhf.ppo.batching import Prompts
+from rlhf.ppo.checks import check_policy
 from rlhf.ppo.learner import Learner, Step
 from rlhf.ppo.policy import Policy, ValueModel
 from rlhf.ppo.rollout import Experience, Rollout, Scored, collect, per_token
@@ -110,6 +111,7 @@ class Trainer:
                 s.temperature,
                 self.device,
                 s.generation,
+                s.generation_batch,
             )
             missing = self.policy.value_head is not None and rollout.values is None
             if self.accelerator.mixed_precision != "no" or missing:
@@ -170,7 +172,8 @@ class Trainer:
                     if not steps[-1].finite:
                         self.fail(update, "loss or gradient", experience=experience._asdict(), rows=rows)
                     if s.early_stop_kl is not None and steps[-1].approx_kl > 1.5 * s.early_stop_kl:
-                        return steps  # this last one is looked at, not taken
+                        self.learner.discard()  # this last one is looked at, not taken
+                        return steps
                     self.learner.step()
         assert len(steps) == s.epochs * s.minibatches
         return steps
@@ -183,9 +186,19 @@ class Trainer:
         assert self.held_out is not None  # prepare
         assert self.reference is not None
         with self.timed("evaluate"), self.accelerator.autocast():
-            metrics = heldout.metrics(
-                s, self.policy, self.reference, self.rewards, self.held_out, self.tokenizer, self.seed, self.accelerator
-            )
+            try:
+                metrics = heldout.metrics(
+                    s,
+                    self.policy,
+                    self.reference,
+                    self.rewards,
+                    self.held_out,
+                    self.tokenizer,
+                    self.seed,
+                    self.accelerator,
+                )
+            except (RewardError, TrainingError) as error:
+                raise type(error)(f"ppo, evaluation after update {update}: {error}") from error
         best = heldout.better(metrics, update, s, self.progress.best)
         if best is not None:
             self.progress.best = best
@@ -223,6 +236,9 @@ class Trainer:
                 models.set_dropout_zero(model)
                 models.fuse_gelu(model)
                 model.to(self.device).eval()
+        check_policy(self.policy, s.generation)
+        if not accelerator.is_main_process:
+            self.tracker = NullTracker()
         self.learner = Learner(s, accelerator, self.policy, self.value_model)
         self.progress = state.Progress(kl_coef=s.kl_coef)
 
@@ -308,6 +324,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write a checkpoint from which ``restore`` goes on exactly."""
+        self.progress.saved = self.progress.update
         if self.accelerator.is_main_process:
             state.save(self.checkpoints, self.learner, self.progress, self.tracker.mark())
         self.accelerator.wait_for_everyone()
@@ -318,11 +335,11 @@ class Trainer:
         if found is None and self.start_from is not None:
             self.progress = state.load(self.start_from, self.learner)
         self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            state.drop_damaged(self.checkpoints)
         if found is not None:
             self.progress, mark = found
             self.tracker.rewind(mark)
+        if self.accelerator.is_main_process:
+            state.drop_damaged(self.checkpoints, self.progress.best)
 
     def take_best(self) -> None:
         """Give the policy the weights of the best evaluation, if there was one within the KL budget."""
@@ -342,11 +359,11 @@ class Trainer:
         Raises:
             TrainingError: always.
         """
-        path = self.keep_batch(update, **batch)
+        path, saved = self.keep_batch(update, **batch), self.progress.saved
+        kept = f"the last good checkpoint, of update {saved}, is kept" if saved else "there is no checkpoint yet"
         raise TrainingError(
-            f"ppo update {update}: a {what} is not finite. The batch is in {path} (torch.load), and the last good "
-            f"checkpoint, of update {self.progress.saved}, is kept. Lower ppo.learning_rate or ppo.max_grad_norm, or "
-            "look at the reward of that batch"
+            f"ppo update {update}: a {what} is not finite. The batch is in {path} (torch.load); {kept}. Lower "
+            "ppo.learning_rate or ppo.max_grad_norm, or look at the reward of that batch"
         )
 
     def _logprobs_and_values(self, part: Sequences) -> Tensor:

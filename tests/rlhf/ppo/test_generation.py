@@ -127,6 +127,40 @@ def test_models_with_attention_windows_are_decoded_with_a_growing_cache() -> Non
     assert torch.equal(found.responses, expected.responses)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_attention_that_adds_its_mask_is_decoded_with_a_growing_cache(architecture: str, tiny: Any) -> None:
+    """An eager implementation would add True and False as 1 and 0."""
+    model = tiny.policy_model(architecture)
+    expected = run(tiny, Policy(model), backend="static")[2]
+    assert allows_static(model)
+    model.set_attn_implementation("eager")
+    assert not allows_static(model)
+    found = run(tiny, Policy(model), backend="static")[2]
+    assert torch.equal(found.responses[real(found)], expected.responses[real(expected)])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_may_be_decoded_in_several_batches(backend: Generation, tiny: Any) -> None:
+    policy = Policy(tiny.policy_model(), torch.nn.Linear(16, 1)).eval()
+    prompts, lengths, expected = run(tiny, policy, backend=backend)
+    uniforms = torch.rand(24, LIMIT, generator=torch.Generator().manual_seed(5))
+    found = generate(policy, prompts, lengths, uniforms, 0.7, 0, backend, rows_at_once=7)
+    mask = real(expected)
+    assert torch.equal(found.lengths, expected.lengths)
+    assert torch.equal(found.ended, expected.ended)
+    assert torch.equal(found.responses[mask], expected.responses[mask])
+    for name in ("logprobs", "entropies", "values"):
+        if getattr(expected, name) is not None:
+            torch.testing.assert_close(getattr(found, name)[mask], getattr(expected, name)[mask], rtol=1e-5, atol=1e-5)
+
+
+def test_a_static_decoder_of_another_shape_takes_the_place_of_the_last(tiny: Any) -> None:
+    policy = Policy(tiny.policy_model()).eval()
+    for rows in (4, 6, 4):
+        run(tiny, policy, slice(0, rows), "static")
+        assert [shape[0] for shape in policy.static_decoders] == [rows]
+
+
 def test_greedy_takes_the_likeliest(tiny: Any) -> None:
     model = tiny.policy_model("llama")
     prompts, lengths = pad([tiny.tokenizer()(tiny.words[0])["input_ids"]])

@@ -15,7 +15,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from rlhf.errors import TrainingError
+from rlhf.ppo.generation import GREEDY
+from rlhf.ppo.rollout import collect
 from rlhf.ppo.trainer import Trainer
+from rlhf.rewards import RewardModel
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -106,3 +109,36 @@ def test_the_scale_is_resumed(make_trainer: MakeTrainer, half: Callable[[float],
     resumed = prepared(make_trainer(), half(2.0**60))
     resumed.restore()
     assert resumed.accelerator.scaler.get_scale() == trainer.accelerator.scaler.get_scale()
+
+
+def test_an_early_stop_leaves_nothing_behind(make_trainer: MakeTrainer, half: Callable[[float], Accelerator]) -> None:
+    trainer = prepared(make_trainer(epochs=5, learning_rate=3e-2, early_stop_kl=1e-3), half(1024.0))
+    trainer.step(1)
+    metrics = trainer.step(2)
+    assert metrics["ppo/overflows"] == 0.0
+    assert {int(state["step"]) for state in trainer.learner.optimizer.state_dict()["state"].values()} == {2}
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_greedy_decoding_does_not_overflow(
+    architecture: str, make_trainer: MakeTrainer, half: Callable[[float], Accelerator]
+) -> None:
+    trainer = prepared(make_trainer(architecture, eval_every=1, eval_temperature=0.0), half(1024.0))
+    with trainer.accelerator.autocast():
+        made = collect(
+            trainer.policy, trainer.tokenizer, trainer.held_out, torch.rand(6, 7), GREEDY, trainer.device, "dynamic"
+        )
+    assert torch.isfinite(made.logprobs[made.sequences.mask]).all()
+    assert trainer.evaluate(1)["ppo/eval/kl"] == pytest.approx(0.0, abs=1e-3)
+
+
+def test_scores_and_values_are_read_in_float32(
+    make_trainer: MakeTrainer, half: Callable[[float], Accelerator], tiny: Any
+) -> None:
+    trainer = prepared(make_trainer(), half(1024.0))
+    model = RewardModel(tiny.value_model("llama").requires_grad_(False), tiny.tokenizer())
+    with trainer.accelerator.autocast():
+        scores = torch.tensor(model(list(tiny.words), ["yes"] * len(tiny.words), {}))
+    values = trainer.score(trainer.rollout(1), 1).values
+    for numbers in (scores, values[values != 0.0]):
+        assert not torch.equal(numbers, numbers.half().float())

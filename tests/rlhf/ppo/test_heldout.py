@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf.errors import ArtifactError, ConfigError
-from rlhf.ppo import heldout
+from rlhf.errors import ArtifactError, ConfigError, RewardError, TrainingError
+from rlhf.ppo import heldout, state
 from rlhf.ppo.batching import generator
 from rlhf.ppo.heldout import Best
 from rlhf.ppo.policy import exact_kl
@@ -146,6 +146,46 @@ def test_a_resumed_training_has_the_same_best_policy(make_trainer: MakeTrainer, 
         assert resumed.progress.best == straight.progress.best
         for name, weight in tiny.weights(straight).items():
             assert torch.equal(weight, tiny.weights(resumed)[name]), name
+
+
+def test_a_policy_kept_by_a_killed_attempt_does_not_take_the_place_of_the_best(
+    make_trainer: MakeTrainer, tiny: Any
+) -> None:
+    """The attempt kept update 3 and died before its checkpoint; this time, as on a GPU, update 3 is not as good."""
+    first = make_trainer(eval_every=1, updates=4, checkpoint_every=2)
+    first.prepare()
+    for update, better in ((1, 0.5), (2, 0.9)):
+        first.step(update)
+        first.progress.best = Best(update, better, 0.1)
+        state.save_best(first.checkpoints, first.policy, update)
+    first.save()
+    expected = {name: weight for name, weight in tiny.weights(first).items() if name.startswith("policy")}
+    first.step(3)
+    state.save_best(first.checkpoints, first.policy, 3)
+
+    again = make_trainer(eval_every=1, updates=4, checkpoint_every=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heldout, "better", lambda *arguments: None)
+        again.train()
+    assert again.progress.best.update == 2
+    assert all(torch.equal(weight, tiny.weights(again)[name]) for name, weight in expected.items())
+
+
+def test_an_evaluation_that_fails_says_when(make_trainer: MakeTrainer) -> None:
+    trainer = make_trainer(eval_every=1)
+    trainer.prepare()
+
+    def sick(*arguments: Any) -> Any:
+        raise RewardError("reward 'odd' returned nan")
+
+    trainer.rewards = sick  # type: ignore[assignment]
+    with pytest.raises(RewardError, match="evaluation after update 2: reward 'odd' returned nan"):
+        trainer.evaluate(2)
+    with torch.no_grad():
+        trainer.policy.language_model.get_output_embeddings().weight[7] = torch.nan
+    trainer.rewards = make_trainer().rewards
+    with pytest.raises(TrainingError, match=r"evaluation after update 2.*kl.* is not finite"):
+        trainer.evaluate(2)
 
 
 def test_a_best_policy_that_is_damaged_is_not_used(make_trainer: MakeTrainer) -> None:

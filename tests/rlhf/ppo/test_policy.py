@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import (
     BartConfig,
+    BartForCausalLM,
     BartForConditionalGeneration,
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -22,6 +24,7 @@ from transformers import (
 from rlhf.errors import ModelError
 from rlhf.models import add_lora
 from rlhf.ppo import policy as module
+from rlhf.ppo.checks import check_policy
 from rlhf.ppo.policy import Policy, ValueModel, exact_kl, zero_head
 from rlhf.ppo.sequences import unpack
 
@@ -163,13 +166,25 @@ def test_check_accepts_a_model_that_caps_its_logits_and_refuses_one_that_scales_
     shape = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
     shape |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32, "pad_token_id": 0}
     capped = Gemma2ForCausalLM(Gemma2Config(**shape, head_dim=8, final_logit_softcapping=0.5, eos_token_id=1))
-    Policy(capped.eval()).check()
+    check_policy(Policy(capped.eval()))
     scaled = GraniteForCausalLM(GraniteConfig(**shape, logits_scaling=0.1, eos_token_id=1))
     torch.nn.init.normal_(scaled.lm_head.weight)
     with pytest.raises(ModelError, match="granite"):
-        Policy(scaled.eval()).check()
-    for architecture in ARCHITECTURES:
-        Policy(tiny.policy_model(architecture)).check()
+        check_policy(Policy(scaled.eval()))
+    for architecture, backend in itertools.product(ARCHITECTURES, ["dynamic", "static", "transformers"]):
+        check_policy(Policy(tiny.policy_model(architecture)), backend)  # type: ignore[arg-type]
+
+
+def test_check_refuses_a_model_that_counts_its_padding() -> None:
+    """BART's decoder by itself has positions of its own, so that rows padded on the left are off."""
+    torch.manual_seed(0)
+    config = BartConfig(vocab_size=40, d_model=8, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=8)
+    model = BartForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(20.0)
+    with pytest.raises(ModelError, match="rows padded on the left, does not agree"):
+        check_policy(Policy(model))
 
 
 def test_check_accepts_encoder_decoders_of_another_make() -> None:
@@ -178,11 +193,11 @@ def test_check_accepts_encoder_decoders_of_another_make() -> None:
     small |= {"encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "d_model": 8, "vocab_size": 40}
     bart = BartForConditionalGeneration(BartConfig(**small)).eval()
     torch.nn.init.normal_(bart.final_logits_bias)
-    Policy(bart).check()
+    check_policy(Policy(bart))
     for tied in (True, False):
         shape = {"vocab_size": 40, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
         model = T5ForConditionalGeneration(T5Config(**shape, tie_word_embeddings=tied, decoder_start_token_id=0))
-        Policy(model.eval()).check()
+        check_policy(Policy(model.eval()))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
