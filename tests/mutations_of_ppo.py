@@ -185,8 +185,8 @@ MUTATIONS = [
         "test_generation.py -k serves_the_next",
     ),
     Mutation(
-        "6", "a growing cache loses what it had", "ppo/decoding.py",
-        "longer[:, :, :start] = self._buffers[i][:, :, :start]", "longer.zero_()",
+        "6", "a cache forgets what is new", "ppo/decoding.py",
+        "buffer[:, :, start : self._length] = states", "buffer[:, :, start : self._length] = 0.0",
         "test_generation.py -k plain_forward",
     ),
     Mutation(

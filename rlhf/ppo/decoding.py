@@ -1,6 +1,6 @@
 """Decoding with a cache of keys and values, one step for all rows: the back ends behind ``generation.generate``.
 
-Causal models have two: ``DynamicDecoder`` grows its cache and lets finished rows go, ``StaticDecoder`` works in place
+Causal models have two: ``DynamicDecoder`` lets finished rows go, ``StaticDecoder`` works in place
 so that a CUDA graph can replay a step. ``CrossDecoder`` is that of encoder-decoders.
 
 Shapes: B rows, P tokens of the longest prompt, d hidden size, L columns of a preallocated cache.
@@ -86,7 +86,7 @@ def attends_to_all(model: PreTrainedModel) -> bool:
 
 
 class DynamicDecoder:
-    """A causal model with a cache that grows. Prompts are padded on the left, so that rows grow at the same column."""
+    """A causal model that lets finished rows go. Prompts are padded on the left, so that rows grow at the same column."""
 
     drops_rows = True
 
@@ -97,7 +97,7 @@ class DynamicDecoder:
         self._cache: Cache = DynamicCache(config=model.config)
         if attends_to_all(model):
             most = self._ids.shape[1] + limit
-            self._cache = Cache(layers=[_GrowingLayer(most) for _ in range(model.config.num_hidden_layers)])
+            self._cache = Cache(layers=[_FrontLayer(most) for _ in range(model.config.num_hidden_layers)])
 
     def start(self) -> Tensor:
         return self._forward(self._ids)
@@ -166,7 +166,7 @@ class StaticDecoder:
     def __init__(self, model: PreTrainedModel, count: int, columns: int) -> None:
         device = model.device
         self._model = model
-        self._cache = Cache(layers=[_Layer(columns) for _ in range(model.config.num_hidden_layers)])
+        self._cache = Cache(layers=[_StaticLayer(columns) for _ in range(model.config.num_hidden_layers)])
         self._ids = torch.zeros(count, 1, dtype=torch.long, device=device)
         self._positions = torch.zeros_like(self._ids)
         self._column = torch.zeros(1, dtype=torch.long, device=device)
@@ -248,11 +248,8 @@ class StaticDecoder:
         return hidden[:, -1]
 
 
-class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values at the front of buffers that double when they are full: a step does not copy what came before.
-
-    There will be no more than ``most`` columns.
-    """
+class _FrontLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values at the front of buffers for ``most`` columns: a step does not copy what came before."""
 
     def __init__(self, most: int) -> None:
         super().__init__()
@@ -263,24 +260,23 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
     ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-            self._buffers = [key_states, value_states]
+            self._buffers = [x.new_empty(*x.shape[:2], self._most, x.shape[-1]) for x in (key_states, value_states)]
             self._length = 0
         start, self._length = self._length, self._length + key_states.shape[-2]
-        for i, states in enumerate((key_states, value_states)):
-            if self._length > self._buffers[i].shape[-2]:
-                longer = states.new_empty(*states.shape[:2], min(2 * self._length, self._most), states.shape[-1])
-                longer[:, :, :start] = self._buffers[i][:, :, :start]
-                self._buffers[i] = longer
-            self._buffers[i][:, :, start : self._length] = states
-        self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
-        return self.keys, self.values
+        for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start : self._length] = states
+        return self._front()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._buffers = [buffer[indices] for buffer in self._buffers]
+        self._front()
+
+    def _front(self) -> tuple[Tensor, Tensor]:
         self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
+        return self.keys, self.values
 
 
-class _Layer(StaticLayer):  # type: ignore[misc]
+class _StaticLayer(StaticLayer):  # type: ignore[misc]
     """Keys and values in the precision of the matrix products; under autocast the two may come in different ones."""
 
     def update(

@@ -43,7 +43,7 @@ class Settings:
     temperature: float = option(0.7, "Sampling temperature; every log-probability is taken at it.", gt=0)
     generation: Generation = option(  # noqa: RUF009 (it makes a field)
         "auto",
-        "How responses are decoded: a growing cache (`dynamic`), a preallocated one with a CUDA graph for each step "
+        "How responses are decoded: dropping finished rows (`dynamic`), in place with a CUDA graph for each step "
         "(`static`), or `transformers`, its plain `generate`. `auto`: static on CUDA where the model allows it.",
         True,
     )
