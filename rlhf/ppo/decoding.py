@@ -86,7 +86,7 @@ def attends_to_all(model: PreTrainedModel) -> bool:
 
 
 class DynamicDecoder:
-    """A causal model that lets finished rows go. Prompts are padded on the left, so that rows grow at the same column."""
+    """A causal model that lets finished rows go. Prompts are padded on the left: rows grow at the same column."""
 
     drops_rows = True
 
