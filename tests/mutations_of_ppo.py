@@ -212,7 +212,7 @@ MUTATIONS = [
     Mutation(
         "6", "a static cache for attention that adds its mask", "ppo/decoding.py",
         'model.config._attn_implementation == "sdpa"', "True",
-        "test_generation.py -k eager",
+        "test_generation.py -k adds_its_mask",
     ),
     # --- 7: resuming
     Mutation(
