@@ -153,9 +153,8 @@ def load_policy(path: str | Path, revision: str | None = None, trust_remote_code
     Raises:
         ModelError: it cannot be loaded, or lacks weights.
     """
-    where: Any = {"revision": revision, "trust_remote_code": trust_remote_code}
-    kind = AutoModelForSeq2SeqLM if is_encoder_decoder(path, **where) else AutoModelForCausalLM
-    return _load_weights(kind, "model", path, **where)
+    kind = AutoModelForSeq2SeqLM if is_encoder_decoder(path, revision, trust_remote_code) else AutoModelForCausalLM
+    return _load_weights(kind, "model", path, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def load_reward_model(
