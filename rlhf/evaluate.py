@@ -67,7 +67,7 @@ def run(context: Context) -> dict[str, float]:
     taken = sorted(set(config.evaluate.scorers) & set(report.LABELS))
     if taken:
         raise ConfigError(f"evaluate.scorers: {', '.join(taken)} is the name of a built-in metric; choose another name")
-    training.set_threads(config.resources)
+    training.set_up_cpu(config.resources)
     training.seed_everything(config.seed)  # only a scorer might draw from the global generators
     device = training.device_of(config.resources)
     with torch.no_grad(), training.autocast(config.resources), training.quiet():

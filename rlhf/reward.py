@@ -65,7 +65,7 @@ def run(context: Context) -> dict[str, float]:
         TrainingError: a loss or gradient is not finite.
     """
     config, section = context.config, context.config.reward
-    training.set_threads(config.resources)
+    training.set_up_cpu(config.resources)
     training.seed_everything(config.seed)
     model, tokenizer = _start(context)
     train, validation, test = (_pairs(context, split, tokenizer, model) for split in ("train", "validation", "test"))

@@ -63,7 +63,7 @@ def run(context: Context) -> dict[str, float]:
         TrainingError: a loss or gradient is not finite.
     """
     config = context.config
-    training.set_threads(config.resources)
+    training.set_up_cpu(config.resources)
     training.seed_everything(config.seed)
     base = context.base_model()
     tokenizer = models.load_tokenizer(base, **context.model_options(base))

@@ -21,7 +21,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.utils import logging as hf_logging
 
-from rlhf import checkpoints
+from rlhf import allocator, checkpoints
 from rlhf.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -57,8 +57,9 @@ def seed_everything(seed: int) -> None:
     set_seed(seed)
 
 
-def set_threads(resources: Resources) -> None:
-    """Set torch's number of CPU threads; 0 leaves it as it is: all cores, or what OMP_NUM_THREADS says."""
+def set_up_cpu(resources: Resources) -> None:
+    """Keep freed memory, and set torch's number of CPU threads; 0 leaves it: all cores, or OMP_NUM_THREADS."""
+    allocator.keep_freed_memory()
     if resources.threads:
         torch.set_num_threads(resources.threads)
 

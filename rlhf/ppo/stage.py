@@ -42,7 +42,7 @@ def run(context: Context) -> dict[str, float]:
         TrainingError: a score, loss or gradient is not finite.
     """
     config = context.config
-    training.set_threads(config.resources)
+    training.set_up_cpu(config.resources)
     training.seed_everything(config.seed)
     accelerator = make_accelerator(config.resources)
     where = context.model_options(context.sft_model())

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf import models
+from rlhf import allocator, models
 from rlhf.errors import ConfigError, RewardError, TrainingError
 from rlhf.ppo import batching, core, heldout, state, summary
 from rlhf.ppo.batching import Prompts
@@ -237,6 +237,8 @@ class Trainer:
                 models.fuse_gelu(model)
                 model.to(self.device).eval()
         check_policy(self.policy, s.generation)
+        if self.device.type == "cpu":
+            allocator.keep_freed_memory()
         if not accelerator.is_main_process:
             self.tracker = NullTracker()
         self.learner = Learner(s, accelerator, self.policy, self.value_model)

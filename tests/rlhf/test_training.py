@@ -73,12 +73,12 @@ def test_seed_everything() -> None:
     assert draw() == draw()
 
 
-def test_set_threads() -> None:
+def test_set_up_cpu() -> None:
     before = torch.get_num_threads()
-    training.set_threads(Resources(threads=2))
+    training.set_up_cpu(Resources(threads=2))
     assert torch.get_num_threads() == 2
-    training.set_threads(Resources(threads=1))
-    training.set_threads(Resources(threads=0))
+    training.set_up_cpu(Resources(threads=1))
+    training.set_up_cpu(Resources(threads=0))
     assert torch.get_num_threads() == 1
     torch.set_num_threads(before)
 
