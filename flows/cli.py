@@ -132,8 +132,8 @@ def _validate(options: argparse.Namespace, console: Console) -> None:
     Planner(config, _store(options)).plan()  # the files and functions that it names are there
     from rlhf.prepare import check
 
-    kinds, _ = check(config)  # every row is as it must be
-    rows = ", ".join(f"{len(examples.kept)} {kind}" for kind, examples in kinds.items())
+    checked = check(config)  # every row is as it must be
+    rows = ", ".join(f"{sized.kept} {kind}" for kind, sized in checked.kinds.items())
     console.print(f"{options.source}: valid; pipeline {config.name!r}, {rows}", highlight=False, markup=False)
 
 

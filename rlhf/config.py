@@ -10,103 +10,21 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, create_model, model_validator
+from pydantic import Field, create_model, model_validator
 
+from rlhf.data.settings import KINDS, Data
 from rlhf.ppo import settings as ppo_settings
-
-NUMBERS_SAME: dict[str, JsonValue] = {"in_cache_key": False}
-BY_CONTENT: dict[str, JsonValue] = {"in_cache_key": False}  # a path: what lies there is hashed into the key instead
-
-
-def _as_tuple(value: Any) -> Any:
-    """One path may be written without a list."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, str) else value
-
-
-Files = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-
-class OptionalStage(Section):
-    """A stage that can be left out: ``sft: off`` is short for ``sft: {enabled: false}``."""
-
-    enabled: bool = Field(True, description="Whether the stage is part of the pipeline.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _off(cls, value: Any) -> Any:
-        if value is False or value == "off":  # YAML 1.1 reads a bare `off` as false
-            return {"enabled": False}
-        if value is True or value == "on":
-            return {}
-        return value
-
-
-class Columns(Section):
-    """Names of the columns in the user's files."""
-
-    prompt: str = Field("prompt", min_length=1, description="Column with the prompt.")
-    response: str = Field("response", min_length=1, description="Column with the demonstrated response.")
-    chosen: str = Field("chosen", min_length=1, description="Column with the preferred response of a pair.")
-    rejected: str = Field("rejected", min_length=1, description="Column with the other response of a pair.")
-    reference: str = Field(
-        "reference", min_length=1, description="Column of the prompt files with a reference response, if there is one."
-    )
-
-
-class Data(Section):
-    """Where the data is and how it is split. Relative paths start at the folder of the YAML file."""
-
-    demonstrations: Files = Field(
-        (), description="Files of prompts with demonstrated responses, for SFT.", json_schema_extra=BY_CONTENT
-    )
-    prompts: Files = Field(
-        (),
-        description="Files of prompts for PPO and evaluation; without any, those of the demonstrations.",
-        json_schema_extra=BY_CONTENT,
-    )
-    preferences: Files = Field(
-        (), description="Files of pairs: prompt, chosen and rejected response.", json_schema_extra=BY_CONTENT
-    )
-    columns: Columns = Columns()
-    prompt_template: str = Field(
-        "{prompt}", description="How a prompt is built from the columns of its row, in Python format syntax."
-    )
-    validation_fraction: Fraction = Field(0.05, description="Share of the prompts kept for validation.")
-    test_fraction: Fraction = Field(0.1, description="Share of the prompts kept for the final evaluation.")
-    duplicates: Literal["error", "drop"] = Field(
-        "error", description="What to do with a row that repeats an earlier one: refuse it, or drop and count it."
-    )
-    max_prompt_tokens: Count | None = Field(None, description="Longest prompt allowed, in tokens.")
-    max_response_tokens: Count | None = Field(None, description="Longest response allowed, in tokens.")
-    too_long: Literal["error", "drop"] = Field(
-        "error",
-        description="What to do with a row over those limits or the model's context: refuse, or drop and count.",
-    )
-    max_demonstrations: Count | None = Field(None, description="Use only this many demonstrations (rows).")
-    max_prompts: Count | None = Field(None, description="Use only this many prompts (rows).")
-    max_preferences: Count | None = Field(None, description="Use only this many preference pairs (rows).")
-
-    @model_validator(mode="after")
-    def _check(self) -> Data:
-        if self.validation_fraction + self.test_fraction >= 1.0:
-            raise ValueError(
-                f"validation_fraction {self.validation_fraction} and test_fraction {self.test_fraction} leave nothing "
-                "to train on; their sum must be below 1"
-            )
-        return self
+from rlhf.sections import (
+    BY_CONTENT,
+    NUMBERS_SAME,
+    Count,
+    Finite,
+    Fraction,
+    NotNegative,
+    OptionalStage,
+    Positive,
+    Section,
+)
 
 
 class Model(Section):
@@ -301,19 +219,21 @@ class PipelineConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> PipelineConfig:
-        if self.sft.enabled and not self.data.demonstrations:
-            raise ValueError("sft needs data.demonstrations, which names no file; or leave it out with `sft: off`")
-        if not (self.data.demonstrations or self.data.prompts or self.data.preferences):
+        data, needs = self.data, "which names no file and no row"
+        pairs = data.has("preferences") or data.has("labelled")
+        if not any(map(data.has, KINDS)):
             raise ValueError("data names no file; set data.demonstrations, data.prompts or data.preferences")
+        if self.sft.enabled and not data.has("demonstrations"):
+            raise ValueError(f"sft needs data.demonstrations, {needs}; or leave it out with `sft: off`")
         if self.ppo.enabled and "model" in self.ppo.rewards and not self.reward.enabled:
             raise ValueError(
                 "ppo.rewards names `model`, but the reward stage is off; turn it on or name a Python function"
             )
-        if self.reward.enabled and not self.data.preferences:
-            raise ValueError("reward needs data.preferences, which names no file; or leave it out with `reward: off`")
-        if self.judge.enabled and not self.data.preferences:
-            raise ValueError("judge needs data.preferences, which names no file; or leave it out with `judge: off`")
-        if (self.ppo.enabled or self.evaluate.enabled) and not (self.data.demonstrations or self.data.prompts):
+        if self.reward.enabled and not pairs:
+            raise ValueError(f"reward needs data.preferences, {needs}; or leave it out with `reward: off`")
+        if self.judge.enabled and not pairs:
+            raise ValueError(f"judge needs data.preferences, {needs}; or leave it out with `judge: off`")
+        if (self.ppo.enabled or self.evaluate.enabled) and not (data.has("demonstrations") or data.has("prompts")):
             raise ValueError("ppo and evaluate need prompts: set data.prompts or data.demonstrations")
         if self.model.init == "random":
             for stage in ("ppo", "evaluate"):

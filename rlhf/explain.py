@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from rlhf.config import PipelineConfig, Section
+from rlhf.config import PipelineConfig
+from rlhf.sections import Section
 
 Marks = dict[tuple[str, ...], str]
 """The place ("file:line" or "--set key") of each key of a configuration, by its path."""

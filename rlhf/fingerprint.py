@@ -23,8 +23,9 @@ PACKAGE = "rlhf"
 WITHOUT_NUMBERS = frozenset(
     f"rlhf.{name}" if name else "rlhf"
     for name in (
-        "", "artifacts", "checkpoints", "config", "context", "errors", "explain", "fingerprint", "hashing", "hub",
-        "locations", "locks", "plan", "ppo", "ppo.settings", "runs", "settings", "stages", "tracker",
+        "", "artifacts", "checkpoints", "config", "context", "data", "data.problems", "data.settings", "errors",
+        "explain", "fingerprint", "hashing", "hub", "locations", "locks", "plan", "ppo", "ppo.settings", "runs",
+        "sections", "settings", "stages", "tracker",
     )
 )  # fmt: skip
 

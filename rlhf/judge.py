@@ -13,14 +13,16 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from itertools import combinations
+from pathlib import Path
 from statistics import NormalDist, fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlhf.data import Column, read_rows
-from rlhf.examples import SPLITS
+from rlhf.data.columns import Column, check_names, problems_of
+from rlhf.data.problems import BadRows
+from rlhf.data.sources import SPLITS
 
 if TYPE_CHECKING:
     from rlhf.context import Context
@@ -46,9 +48,9 @@ def run(context: Context) -> dict[str, float]:
     """
     annotators = context.config.judge.annotators
     paths = [context.input(f"prepare/preferences/{split}.parquet") for split in SPLITS]
-    columns = [Column(name, "judge.annotators", "verdict") for name in annotators]
-    filled = [str(path) for path in paths if pq.read_metadata(path).num_rows]
-    pairs = read_rows(filled, columns, "judge.annotators").table
+    tables = {path: pq.read_table(path) for path in paths}
+    _check_verdicts(tables, annotators)
+    pairs = pa.concat_tables(tables.values())
     report = judge(pairs, annotators)
     target = context.out / "preferences"
     target.mkdir()
@@ -59,6 +61,17 @@ def run(context: Context) -> dict[str, float]:
     finals = {"judge/pairs": report["pairs"], "judge/chosen_longer": report["length"]["chosen_longer"]}
     finals |= {f"judge/{name}": value for name, value in report["overall"].items() if value is not None}
     return {name: float(value) for name, value in finals.items()}
+
+
+def _check_verdicts(tables: Mapping[Path, pa.Table], annotators: Sequence[str]) -> None:
+    bad = BadRows("judge.annotators")
+    columns = [Column(name, "judge.annotators", "verdict") for name in annotators]
+    for path, table in tables.items():
+        check_names(table.column_names, columns, str(path), "judge.annotators")
+        for column in columns:
+            for row, problem in problems_of(table[column.name].to_pylist(), column, cells=False).items():
+                bad.add(f"{path} row {row + 1}, column {column.name!r}", problem.words)
+    bad.check("Correct these rows, or leave the annotator out.")
 
 
 def judge(pairs: pa.Table, annotators: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rlhf.errors import DataError
 
-DEMO_PREFIX = "demo:"
+DEMO_PREFIX, HUB_PREFIX = "demo:", "hub:"
 
 
 def home_directory(given: str | None = None) -> Path:

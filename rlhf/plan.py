@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.artifacts import FileHashes, Manifest, Store
-from rlhf.config import PipelineConfig, Section
+from rlhf.config import PipelineConfig
+from rlhf.data.settings import KINDS
+from rlhf.data.sources import Source, sources
 from rlhf.errors import ArtifactError, ConfigError, NotCachedError
 from rlhf.fingerprint import PACKAGE, ROOT, code_fingerprint, function_file, import_closure
-from rlhf.locations import matching_files
+from rlhf.sections import Section
 from rlhf.stages import STAGES, StageName, enabled_stages, reads_base, stage_inputs
 
 NEVER_RUN = "never run"
@@ -174,6 +176,8 @@ class Planner:
 
     def _functions(self, stage: str) -> list[str]:
         """The user's own functions that a stage calls."""
+        if stage == "prepare":
+            return sorted({made.function for made in self.config.data.computed.values() if ":" in made.function})
         if stage == "ppo":
             return sorted(name for name in self.config.ppo.rewards if name != "model")
         return sorted(set(self.config.evaluate.scorers.values())) if stage == "evaluate" else []
@@ -181,11 +185,25 @@ class Planner:
     def _data_files(self) -> dict[str, str]:
         """Digest of every data file by the field that names it: its folder may change, its content may not."""
         table = {}
-        for kind in ("demonstrations", "prompts", "preferences"):
-            for index, name in enumerate(getattr(self.config.data, kind)):
-                for path in matching_files(name, f"data.{kind}"):
-                    table[f"data.{kind}[{index}] {path.name}"] = self._hashes.of(path)
+        for kind in KINDS:
+            for index, source in enumerate(sources(getattr(self.config.data, kind), f"data.{kind}")):
+                name = source.place.name if isinstance(source.place, Path) else source.shown
+                split = f"#{source.split}" if source.split else ""
+                table[f"data.{kind}[{index}] {name}{split}"] = self._source(source)
+        if self.config.data.rows:
+            text = json.dumps(self.config.data.rows, sort_keys=True)
+            table["data.rows"] = hashlib.sha256(text.encode()).hexdigest()
         return table
+
+    def _source(self, source: Source) -> str:
+        """The digest of a file, or the resolved commit of a dataset of the hub."""
+        if isinstance(source.place, Path):
+            return self._hashes.of(source.place)
+        from rlhf.hub import resolve_commit
+
+        dataset = source.place
+        commit = resolve_commit(dataset.name, dataset.revision, "dataset")
+        return f"{dataset.name}@{commit} {dataset.config or ''} {dataset.split}"
 
     def _model(self, path: str, revision: str | None) -> str:
         """What identifies a model: the digest of a local directory, or the resolved commit of a hub model."""

@@ -17,14 +17,16 @@ from typing import Any, NamedTuple, get_args, get_origin
 
 from pydantic import ValidationError
 
-from rlhf.config import OptionalStage, PipelineConfig, Section
+from rlhf.config import PipelineConfig
+from rlhf.data.settings import KINDS
 from rlhf.errors import ConfigError
 from rlhf.explain import Marks, did_you_mean, explain, show
-from rlhf.locations import DEMO_PREFIX
+from rlhf.locations import DEMO_PREFIX, HUB_PREFIX
+from rlhf.sections import OptionalStage, Section
 from rlhf.yaml12 import read_mapping, write_value
 
 ABOUT = ("description", "needs", "sizes", "preset")  # keys of a file that are not part of the schema
-PATH_LISTS = (("data", "demonstrations"), ("data", "prompts"), ("data", "preferences"))
+PATH_LISTS = tuple(("data", kind) for kind in KINDS)
 MODEL_PATHS = (("model", "path"), ("reward", "path"))
 
 
@@ -202,6 +204,14 @@ def _clean(layer: Layer, folder: Path) -> Layer:
         settings = values.get(section_name)
         if isinstance(settings, dict) and settings.get(key):
             settings[key] = _absolute(settings[key], folder, maybe_hub=(section_name, key) in MODEL_PATHS)
+    data = values.get("data")
+    if isinstance(data, dict) and isinstance(data.get("computed"), dict):
+        data["computed"] = {
+            name: spec | {"function": _function(spec["function"], folder)}
+            if isinstance(spec, dict) and "function" in spec
+            else spec
+            for name, spec in data["computed"].items()
+        }
     rewards, scorers = (values.get(name) for name in ("ppo", "evaluate"))
     if isinstance(rewards, dict) and isinstance(rewards.get("rewards"), dict):
         rewards["rewards"] = {_function(name, folder): weight for name, weight in rewards["rewards"].items()}
@@ -213,7 +223,7 @@ def _clean(layer: Layer, folder: Path) -> Layer:
 def _absolute(value: Any, folder: Path, *, maybe_hub: bool) -> Any:
     if isinstance(value, list):
         return [_absolute(item, folder, maybe_hub=maybe_hub) for item in value]
-    if not isinstance(value, str) or not value or value.startswith(DEMO_PREFIX):
+    if not isinstance(value, str) or not value or value.startswith((DEMO_PREFIX, HUB_PREFIX)):
         return value
     path = folder / Path(value).expanduser()
     if maybe_hub and not value.startswith((".", "~", "/")) and not path.exists():

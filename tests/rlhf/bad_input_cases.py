@@ -225,7 +225,7 @@ CASES: list[Case] = [
         ),
         ("two columns in Parquet", duplicated_columns, ("made.parquet", "2 columns named 'response'")),
         ("files with different columns", other_columns, ("more.jsonl", "'mood'", DEMO, "same columns")),
-        ("files with different types", other_types, ("one.jsonl", "two.jsonl", "one type")),
+        ("files with different types", other_types, ("two.jsonl line 1, column 'n'", "'two'", "one type")),
         # --- values
         ("null", line_8('{"prompt": "a", "response": null}'), (f"{DEMO} line 8, column 'response'", "null")),
         ("absent value", line_8('{"prompt": "a"}'), (f"{DEMO} line 8, column 'response'", "missing")),

@@ -105,7 +105,7 @@ class Toy:
 
 @pytest.fixture(scope="session")
 def _inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from rlhf.tokens import train_tokenizer
+    from rlhf.data.tokens import train_tokenizer
 
     torch.set_num_threads(1)
     shared = tmp_path_factory.mktemp("inputs")

@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from rlhf import settings
-from rlhf.config import PipelineConfig, Section
+from rlhf.config import PipelineConfig
+from rlhf.sections import Section
 
 GOOD: dict[str, Any] = {
     "data": {"demonstrations": "a.jsonl", "preferences": "b.jsonl"},
@@ -48,7 +49,7 @@ def test_json_round_trip() -> None:
         merged(ppo={"rewards": {"model": 0.5, "a:b": 2}}, judge={"annotators": ["x"]})
     )
     assert PipelineConfig.model_validate_json(config.model_dump_json()) == config
-    assert hash(config.data) == hash(PipelineConfig.model_validate_json(config.model_dump_json()).data)
+    assert hash(config.model) == hash(PipelineConfig.model_validate_json(config.model_dump_json()).model)
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM
 
 from rlhf import settings
 from rlhf.context import Context
+from rlhf.data.settle import split_of
+from rlhf.data.sources import SPLITS
+from rlhf.data.tokens import END, Lengths, context_length, statistics, train_tokenizer
 from rlhf.errors import DataError, InputError
-from rlhf.examples import SPLITS, split_of
 from rlhf.models import load_tokenizer
 from rlhf.prepare import check, run
-from rlhf.tokens import END, Lengths, context_length, statistics, train_tokenizer
 from rlhf.tracker import NullTracker
 from tests.rlhf.projects import ROWS, good, replace
 
@@ -32,7 +33,7 @@ class Prepared:
         out.mkdir()
         self.out = out
         self.config = settings.load(config, overrides=overrides)
-        self.finals = run(Context("prepare", self.config, {}, out, out / "checkpoints", NullTracker()))
+        self.finals = run(Context("prepare", self.config, {}, out, out.with_suffix(".work"), NullTracker()))
         self.report = json.loads((out / "report.json").read_text("utf-8"))
 
     def rows(self, kind: str, *splits: str) -> list[dict[str, Any]]:
@@ -286,7 +287,7 @@ def test_room_is_checked_even_when_long_rows_are_dropped(project: Path) -> None:
     with pytest.raises(DataError, match=r"set data\.max_prompt_tokens: 4 and"):
         check(settings.load(project, overrides=overrides))
     kinds, _ = check(settings.load(project, overrides=[*overrides, "ppo=off"]))
-    assert len(kinds["prompts"].kept) == ROWS
+    assert kinds["prompts"].kept == ROWS
 
 
 @pytest.mark.parametrize("override", ["data.test_fraction=0", "data.test_fraction=0.75"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +12,49 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf.data import Column, Rows, read_rows
+from rlhf.config import PipelineConfig
+from rlhf.data.chat import simple_template
+from rlhf.data.problems import SHOWN, BadRows
+from rlhf.data.reading import Reading
+from rlhf.data.spool import INTERNAL, ROW
 from rlhf.errors import DataError
-from rlhf.formats import SHOWN, BadRows
 
 RECORDS: list[dict[str, Any]] = [
     {"prompt": "Grüße,\n", "response": 'He said "hi"', "n": 1, "x": 0.5},
     {"prompt": "second \u2028 line", "response": " padded ", "n": 2, "x": None},
     {"prompt": "日本語", "response": "🙂", "n": 3, "x": 2.0},
 ]
-COLUMNS = (Column("prompt", "data.columns.prompt"), Column("response", "data.columns.response"))
 
 
-def read(*paths: Path | str, columns: tuple[Column, ...] = COLUMNS) -> Rows:
-    return read_rows([str(path) for path in paths], columns, "data.demonstrations")
+class Rows:
+    """What a reading makes of files, in the order of the input."""
+
+    def __init__(
+        self, *paths: Path | str, kind: str = "demonstrations", judge: dict[str, Any] | str = "off", **data: Any
+    ) -> None:
+        off = dict.fromkeys(("sft", "reward", "ppo", "evaluate"), "off")
+        files = {kind: [str(path) for path in paths]}
+        config = PipelineConfig.model_validate(
+            {**off, "judge": judge, "data": files | data, "model": {"init": "random"}}
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            reading = Reading(kind, config, Path(folder) / "spool", lambda: simple_template)
+            parts = list(reading.read().tables())
+        self.places = reading.places
+        table = pa.concat_tables(parts).sort_by(ROW)
+        self.table = table.drop_columns(list(INTERNAL))
+
+    def place(self, row: int) -> str:
+        return self.places.place(row)
 
 
-def error_of(*paths: Path | str, columns: tuple[Column, ...] = COLUMNS) -> str:
+def read(*paths: Path | str, **data: Any) -> Rows:
+    return Rows(*paths, **data)
+
+
+def error_of(*paths: Path | str, **data: Any) -> str:
     with pytest.raises(DataError) as caught:
-        read(*paths, columns=columns)
+        read(*paths, **data)
     return str(caught.value)
 
 
@@ -176,16 +201,17 @@ def test_long_values_are_shortened(tmp_path: Path) -> None:
 
 def test_optional_columns(tmp_path: Path) -> None:
     path = write(tmp_path, "a.jsonl")
-    assert read(path, columns=(Column("reference", "data.columns.reference", required=False),)).table.num_rows == 3
-    assert "column 'n': 1 is not text" in error_of(path, columns=(Column("n", "x", required=False),))
+    assert read(path, kind="prompts").table.num_rows == 3
+    assert "column 'n': 1 is not text" in error_of(path, kind="prompts", columns={"reference": "n"})
 
 
 def test_verdicts(tmp_path: Path) -> None:
-    column = Column("v", "judge.annotators", "verdict")
-    read(write(tmp_path, "a.jsonl", [{"v": "chosen"}, {"v": "rejected"}, {"v": None}]), columns=(column,))
-    read(write(tmp_path, "b.csv", [{"v": "chosen", "w": 1}, {"v": "", "w": 2}]), columns=(column,))
-    message = error_of(write(tmp_path, "c.jsonl", [{"v": "Chosen"}, {"v": 1}, {"v": ["chosen"]}]), columns=(column,))
-    assert message.startswith("data.demonstrations: 3 rows are bad")
+    pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
+    settings: dict[str, Any] = {"kind": "preferences", "judge": {"annotators": ["v"]}}
+    read(write(tmp_path, "a.jsonl", [{**pair, "v": v} for v in ("chosen", "rejected", None)]), **settings)
+    read(write(tmp_path, "b.csv", [{**pair, "v": v} for v in ("chosen", "")]), **settings)
+    message = error_of(write(tmp_path, "c.jsonl", [{**pair, "v": v} for v in ("Chosen", 1, ["chosen"])]), **settings)
+    assert message.startswith("data.preferences: 3 rows are bad")
     assert "line 1, column 'v': 'Chosen' is not a verdict" in message
 
 

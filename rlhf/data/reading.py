@@ -1,0 +1,339 @@
+"""Reads all rows of one kind of data, checks them, and spools them to the disk."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from rlhf.config import PipelineConfig
+from rlhf.data import chat, computed
+from rlhf.data.columns import CellType, Problem, check_names, converted, one_type, problems_of, typed
+from rlhf.data.formats import Origin, Part, dataset_parts, read_file
+from rlhf.data.problems import BadRows, Quarantine
+from rlhf.data.roles import Maker, Roles, Texts, roles_of
+from rlhf.data.settings import Data
+from rlhf.data.sources import SPLITS, Source, sources
+from rlhf.data.spool import KEY, POINT, ROW, SPLIT, Spool, key_array, keys_of
+from rlhf.errors import DataError, InputError
+
+TYPES = {"margin": pa.float64(), "score": pa.float64(), "preferred": pa.bool_(), "responses": pa.list_(pa.string()),
+         "ranks": pa.list_(pa.float64())}  # fmt: skip
+ADVICE = "Correct these rows, or take them out, or set data.bad_rows: skip."
+
+
+class Places:
+    """The place of each row that was read, by its number."""
+
+    def __init__(self) -> None:
+        self._origins: list[Origin] = []
+        self._starts: list[int] = []
+        self.count = 0
+
+    def add(self, origin: Origin) -> int:
+        """Note more rows; the number of the first."""
+        start = self.count
+        numbers = origin.numbers
+        compact = numbers if isinstance(numbers, range) else np.asarray(numbers)
+        self._origins.append(origin._replace(numbers=compact))  # type: ignore[arg-type]
+        self._starts.append(start)
+        self.count += len(numbers)
+        return start
+
+    def place(self, row: int) -> str:
+        """The place of a row for a message: ``my/file.jsonl line 17``."""
+        index = bisect_right(self._starts, row) - 1
+        return self._origins[index].place(row - self._starts[index])
+
+
+class Reading:
+    """The rows of one kind, on their way from the sources to a spool.
+
+    Args:
+        template: how conversations become text; called when there is one.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        config: PipelineConfig,
+        folder: Path,
+        template: Callable[[], chat.Template],
+        quarantine: Quarantine | None = None,
+    ) -> None:
+        self.kind, self.where, self.places = kind, f"data.{kind}", Places()
+        self._config, self._folder = config, folder
+        self._maker = Maker(kind, config.data, template)
+        self._types: dict[str, pa.DataType] = {}
+        self._columns: dict[str, str] = {}  # of the first file: name -> its path
+        self.bad = BadRows(self.where, quarantine=quarantine)
+        self._bad_in_parts = 0
+        self.texts: list[str] = []
+        self.stated: list[tuple[Any, Any]] = []  # points and splits of rows whose source says its split, (N,) each
+
+    @property
+    def count(self) -> int:
+        """How many rows came in, those included that could not be read."""
+        return self.places.count + self.bad.skipped.total() - self._bad_in_parts
+
+    @cached_property
+    def _computed(self) -> dict[str, tuple[computed.Function, tuple[str, ...] | None]]:
+        return {name: computed.make(name, spec) for name, spec in self._config.data.computed.items()}
+
+    def read(self) -> Spool:
+        """All rows.
+
+        Raises:
+            DataError: a source cannot be read, lacks a column, or has a bad row.
+            ConfigError: the settings of ``data`` do not fit the files.
+        """
+        data = self._config.data
+        named = sources(getattr(data, self.kind), self.where)
+        size = sum(_bytes(source) for source in named)
+        spool = Spool(self._folder, size)
+        for source in named:
+            self._read_one(_read_source(source, self.where, self.bad, data.encoding), source, spool)
+        if written := list(_read_rows(data, self.kind)):
+            self._read_one(written, None, spool)
+        self.bad.check(ADVICE)
+        spool.schema = self._schema(named)
+        return spool
+
+    def _read_one(self, parts: Iterable[Part], source: Source | None, spool: Spool) -> None:
+        """The rows of one file."""
+        roles: Roles | None = None
+        names: dict[str, None] = {}
+        cells: dict[str, CellType] = {}
+        before, bad_before = self.places.count, self.bad.count + self.bad.skipped.total()
+        for part in parts:
+            if roles is None and part.names:
+                roles = roles_of(self.kind, part, list(self._computed), self._config)
+                there = [*part.names, *(name for name in self._computed if name not in part.names)]
+                check_names(there, roles.columns, part.origin.path, self.where)
+            names |= dict.fromkeys(part.names)
+            if roles is not None and len(part.origin.numbers):
+                self._add(part, roles, cells, source.split if source else None, spool)
+        if self.places.count == before and self.bad.count + self.bad.skipped.total() == bad_before:
+            raise DataError(f"{self.where}: {_shown(source)} has no rows; give it some, or leave it out")
+        self._same_columns(list(names), _shown(source))
+        for name, cell in cells.items():
+            self._unify(name, cell.type, _shown(source))
+
+    def _add(self, part: Part, roles: Roles, cells: dict[str, CellType], split: str | None, spool: Spool) -> None:
+        """Check rows, make their texts, and spool them."""
+        start, found = self.places.add(part.origin), dict[int, tuple[str, Problem]]()
+        values = {name: part.values(name) if name in part.names else [None] * len(part.origin.numbers)
+                  for name in {column.name for column in roles.columns} - self._computed.keys()}  # fmt: skip
+        for column in roles.columns:
+            if column.name not in self._computed:
+                for index, problem in problems_of(values[column.name], column, part.cells).items():
+                    found.setdefault(index, (f", column {column.name!r}", problem))
+                values[column.name] = converted(values[column.name], column) if part.cells else values[column.name]
+        good = [index for index in range(len(part.origin.numbers)) if index not in found]
+        extra = self._compute(part, good, found)
+        for column in roles.columns:
+            if column.name in extra:
+                for index, problem in problems_of(extra[column.name], column, cells=False).items():
+                    found.setdefault(index, (f", computed column {column.name!r}", problem))
+        values |= extra
+        texts: list[Texts] = []
+        kept = []
+        for index in good:
+            if index not in found:
+                try:
+                    texts.append(self._maker.texts({name: column[index] for name, column in values.items()}, roles))
+                    kept.append(index)
+                except ValueError as error:
+                    if isinstance(error, InputError):
+                        raise
+                    found[index] = ("", Problem("bad", str(error)))
+        self._bad_in_parts += len(found)
+        for index in sorted(found):
+            where, problem = found[index]
+            row = (
+                {name: part.values(name)[index] for name in part.names}
+                if self._config.data.bad_rows == "skip"
+                else None
+            )
+            self.bad.add(f"{part.origin.place(index)}{where}", problem.words, reason=problem.reason, row=row)
+        if kept:
+            spool.add(self._table(part, roles, texts, kept, extra, start, split, cells))
+
+    def _compute(self, part: Part, good: list[int], found: dict[int, tuple[str, Problem]]) -> dict[str, list[Any]]:
+        """The computed columns; a row that a function fails on is bad."""
+        made: dict[str, list[Any]] = {}
+        for name, (function, needs) in self._computed.items():
+            there = {*part.names, *made}
+            for column in needs or ():
+                if column not in there:
+                    raise DataError(
+                        f"{self.where}: data.computed.{name} reads the column {column!r}, which {part.origin.path} "
+                        f"has not, only {', '.join(map(repr, part.names))}"
+                    )
+            columns = {column: made[column] if column in made else part.values(column) for column in needs or there}
+            result: list[Any] = [None] * len(part.origin.numbers)
+            rows = [index for index in good if index not in found]
+            values = self._call(function, columns, rows)
+            if values is None:  # find the rows that it fails on
+                for index in rows:
+                    one = self._call(function, columns, [index])
+                    if one is None:
+                        words = f"the function {self._config.data.computed[name].function!r} fails: {self._failure}"
+                        found[index] = (f", computed column {name!r}", Problem("bad", words))
+                    else:
+                        result[index] = one[0]
+            else:
+                for index, value in zip(rows, values, strict=True):
+                    result[index] = value
+            made[name] = result
+        return made
+
+    _failure = ""
+
+    def _call(self, function: computed.Function, columns: dict[str, list[Any]], rows: list[int]) -> list[Any] | None:
+        """What a function gives for some rows; None where it fails, and ``_failure`` says how."""
+        try:
+            values = list(function(**{name: [column[i] for i in rows] for name, column in columns.items()}))
+        except Exception as error:
+            self._failure = f"{type(error).__name__}: {error}"
+            return None
+        if len(values) != len(rows):
+            self._failure = f"it returned {len(values)} values for {len(rows)} rows"
+            return None
+        return values
+
+    def _table(
+        self,
+        part: Part,
+        roles: Roles,
+        texts: list[Texts],
+        rows: list[int],
+        extra: dict[str, list[Any]],
+        start: int,
+        split: str | None,
+        cells: dict[str, CellType],
+    ) -> pa.Table:
+        """The rows as they are spooled: internal columns, texts, and what comes along."""
+        self.texts = list(dict.fromkeys([*self.texts, *texts[0]]))
+        keys = self._keys(texts)
+        splits = np.full(len(rows), -1 if split is None else SPLITS.index(split), np.int8)
+        if split is not None:
+            self.stated.append((keys.points, splits))
+        made: dict[str, Any] = {
+            KEY: key_array(keys.keys),
+            POINT: pa.array(keys.points),
+            ROW: pa.array([start + index for index in rows], pa.int64()),
+            SPLIT: pa.array(splits),
+        }
+        for name in texts[0]:
+            made[name] = pa.array([text[name] for text in texts], TYPES.get(name, pa.string()))
+        with_extra = Part({name: extra.get(name) or part.columns[name] for name in [*part.names, *extra]}, part.origin)
+        for name in with_extra.names:
+            if name in made or (name in roles.of.values()) or name == self._prompt_column:
+                continue
+            if name in extra or not part.cells:
+                source = with_extra if name in extra else part
+                made[name] = typed(source, name, rows, self._types.get(name), self.where)
+                self._types[name] = one_type(self._types.get(name), made[name].type)
+            else:
+                made[name] = typed(part, name, rows, pa.string(), self.where)
+                cells.setdefault(name, CellType()).see(made[name].to_pylist())
+        return pa.table(made)
+
+    @cached_property
+    def _prompt_column(self) -> str | None:
+        """The column that is the prompt or a part of it, and does not come along under its own name."""
+        return self._config.data.columns.prompt if self.kind != "labelled" and "prompt" in self._maker.fields else None
+
+    def _keys(self, texts: Sequence[Texts]) -> Any:
+        match self.kind:
+            case "prompts":
+                return keys_of([text["prompt"] for text in texts], [()] * len(texts))
+            case "labelled":
+                return keys_of([text["text"] for text in texts], [(str(text["preferred"]),) for text in texts])
+        others = [
+            [_as_text(value) for name, value in text.items() if name not in ("prompt", "margin")] for text in texts
+        ]
+        return keys_of([text["prompt"] for text in texts], others)
+
+    def _unify(self, name: str, kind: pa.DataType, path: str) -> None:
+        try:
+            self._types[name] = one_type(self._types.get(name), kind)
+        except pa.ArrowException as error:
+            first = self._columns.get(name, path)
+            raise DataError(
+                f"{self.where}: the columns of {first}, {path} cannot be stored, each as one type: {error}"
+            ) from error
+
+    def _same_columns(self, names: Sequence[str], path: str) -> None:
+        """See that a file has the columns of the first one."""
+        if not self._columns:
+            self._columns = dict.fromkeys(names, path)
+        odd = sorted(set(names) ^ self._columns.keys())
+        if odd:
+            first = next(iter(self._columns.values()))
+            has, lacks = (path, first) if odd[0] in names else (first, path)
+            raise DataError(
+                f"{self.where}: {has} has a column {odd[0]!r} that {lacks} lacks; the files of one setting must have "
+                "the same columns"
+            )
+
+    def _schema(self, named: Sequence[Source]) -> pa.Schema:
+        """The final types of the spooled columns."""
+        fields = [(KEY, pa.binary(56)), (POINT, pa.uint64()), (ROW, pa.int64()), (SPLIT, pa.int8())]
+        fields += [(name, TYPES.get(name, pa.string())) for name in self.texts]
+        fields += [(name, kind) for name, kind in self._types.items() if name not in self.texts]
+        schema = pa.schema(fields)
+        try:
+            pq.write_table(schema.empty_table(), pa.BufferOutputStream())  # do all of its types exist in Parquet?
+        except pa.ArrowException as error:
+            paths = ", ".join(source.shown for source in named) or "data.rows"
+            raise DataError(
+                f"{self.where}: the columns of {paths} cannot be stored, each as one type: {error}"
+            ) from error
+        return schema
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else repr(value)
+
+
+def _shown(source: Source | None) -> str:
+    return source.shown if source is not None else "data.rows"
+
+
+def _bytes(source: Source) -> int:
+    """About how large the rows of a source are."""
+    if not isinstance(source.place, Path):
+        return 2**30
+    files = [source.place] if source.place.is_file() else [file for file in source.place.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files) * (4 if source.place.suffix == ".parquet" else 1)
+
+
+def _read_source(source: Source, where: str, bad: BadRows, encoding: str) -> Iterator[Part]:
+    """The rows of a source, in parts.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if isinstance(source.place, Path):
+        yield from read_file(source.place, where, bad, encoding)
+    else:
+        from rlhf.hub import load_hub_dataset
+
+        yield from dataset_parts(load_hub_dataset(*source.place, where), source.shown)
+
+
+def _read_rows(data: Data, kind: str) -> Iterator[Part]:
+    """The rows of ``data.rows`` that are of a kind."""
+    rows = [(number, row) for number, row in enumerate(data.rows, start=1) if data.kind_of(row) == kind]
+    if rows:
+        names = dict.fromkeys(name for _, row in rows for name in row)
+        columns = {name: [row.get(name) for _, row in rows] for name in names}
+        yield Part(columns, Origin("data.rows", "row", [number for number, _ in rows]))
