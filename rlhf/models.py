@@ -1,4 +1,4 @@
-"""Models and tokenizers: made from random weights, loaded, adapted with LoRA, saved.
+"""Models and tokenizers: loaded and saved.
 
 A model's name is a local directory or a hub id. Weights are float32 (lower precision is for autocast, not for
 storage), files are safetensors, and code that comes with a hub model runs only where the configuration says so.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,75 +21,14 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.activations import NewGELUActivation
 from transformers.utils import logging as hf_logging
 
 from rlhf.errors import ModelError
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-    from rlhf.config import Model
-
 T = TypeVar("T")
-
-
-# ------------------------------------------------------------------------------------------------------- random weights
-def random_model(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A causal model with random weights of the size in ``model``, for the vocabulary of ``tokenizer``.
-
-    The weights come from torch's global generator: seed it first. Dropout is 0, and the output embeddings are
-    the input embeddings.
-    """
-    shared: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "tie_word_embeddings": True,
-    }
-    config = _ARCHITECTURES[model.architecture](model, shared)
-    made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return made
-
-
-def _gpt2(model: Model, shared: Mapping[str, Any]) -> PreTrainedConfig:
-    return GPT2Config(
-        n_layer=model.layers,
-        n_embd=model.width,
-        n_head=model.heads,
-        n_positions=model.context,
-        activation_function="gelu_pytorch_tanh",  # `gelu_new` in one kernel instead of eight
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        summary_first_dropout=0.0,
-        **shared,
-    )
-
-
-def _llama(model: Model, shared: Mapping[str, Any]) -> PreTrainedConfig:
-    return LlamaConfig(
-        num_hidden_layers=model.layers,
-        hidden_size=model.width,
-        intermediate_size=4 * model.width,
-        num_attention_heads=model.heads,
-        num_key_value_heads=model.heads,
-        max_position_embeddings=model.context,
-        **shared,
-    )
-
-
-_ARCHITECTURES: dict[str, Callable[[Model, Mapping[str, Any]], PreTrainedConfig]] = {
-    "gpt2": _gpt2,
-    "llama": _llama,
-}
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizers
@@ -306,90 +244,6 @@ def _quiet() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
-
-
-# ----------------------------------------------------------------------------------------------------- LoRA and dropout
-def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
-    """Wrap a model with LoRA adapters on all linear layers but the head. The base weights are frozen.
-
-    The new adapter changes nothing yet: its second factor is 0. A classifier's head stays trainable. Its scale is
-    alpha / rank. Hu et al. 2021; adapters on every layer as in Dettmers et al. 2023.
-    """
-    from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
-
-    if model.get_output_embeddings() is not None:
-        task, heads = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM", None
-    else:
-        task, heads = ("SEQ_CLS", ["score"]) if hasattr(model, "score") else ("FEATURE_EXTRACTION", None)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-        exclude_modules=heads,
-        modules_to_save=heads,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        task_type=task,
-    )
-    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a property under its old name
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return get_peft_model(model, config)
-
-
-def merge_lora(model: PeftModel) -> PreTrainedModel:
-    """The plain model with the adapters added into its weights. ``model`` is used up by this."""
-    merged: PreTrainedModel = model.merge_and_unload()
-    return merged
-
-
-def save_adapter(model: PeftModel, directory: str | Path) -> None:
-    """Write the adapters by themselves, for ``PeftModel.from_pretrained`` over the model that they started from.
-
-    The place of that model on this machine is left out: it would mean nothing on another one.
-    """
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = ""
-    model.save_pretrained(str(directory))
-    (Path(directory) / "README.md").unlink(missing_ok=True)  # a form for the hub, with nothing filled in
-
-
-def set_dropout_zero(model: nn.Module) -> None:
-    """Turn off every dropout of a model, in training mode too. ``config``, which is saved with it, stays.
-
-    With dropout, the log-probabilities of an update would differ from its rollout's at the same weights.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
-                setattr(module, name, 0.0)
-
-
-@contextmanager
-def configured_dropout_off(model: nn.Module) -> Iterator[None]:
-    """Within it, the dropouts that a model's configuration names are 0: Falcon reads its own there, at every step."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    were = [(c, {k: v for k, v in vars(c).items() if isinstance(v, float) and "drop" in k}) for c in configs.values()]
-    for config, names in were:
-        vars(config).update(dict.fromkeys(names, 0.0))
-    try:
-        yield
-    finally:
-        for config, names in were:
-            vars(config).update(names)
-
-
-def fuse_gelu(model: nn.Module) -> None:
-    """Compute the tanh form of GELU, where a model has it in eight small steps (GPT-2's ``gelu_new``), in one kernel.
-
-    The function is the same; its last bits are not.
-    """
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 # --------------------------------------------------------------------------------------------------------------- saving

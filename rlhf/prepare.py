@@ -25,7 +25,8 @@ from rlhf.errors import DataError
 from rlhf.examples import RESPONSES, Examples, read_examples
 from rlhf.explain import show
 from rlhf.formats import BadRows
-from rlhf.models import load_tokenizer, random_model, save
+from rlhf.models import load_tokenizer, save
+from rlhf.random_weights import random_model
 from rlhf.tokens import Lengths, context_length, statistics, train_tokenizer
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from rlhf import models, training
+from rlhf import adapt, models, training
 from rlhf.errors import ModelError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def run(context: Context) -> dict[str, float]:
             "leave it out with `sft: off` and start from a model that is fine-tuned already"
         )
     if config.model.lora_rank:
-        model = models.add_lora(model, config.model.lora_rank, config.model.lora_alpha)
+        model = adapt.add_lora(model, config.model.lora_rank, config.model.lora_alpha)
     rows, held_out = (
         read_rows(context.input(f"prepare/demonstrations/{split}.parquet"), tokenizer)
         for split in ("train", "validation")
@@ -97,7 +97,7 @@ def run(context: Context) -> dict[str, float]:
     trained = trainer.model
     trainable = training.trainable_parameters(trained)
     if config.model.lora_rank:
-        trained = models.merge_lora(trained)
+        trained = adapt.merge_lora(trained)
     models.save(trained, tokenizer, context.out / "model")
     training.log_values(context, final, trainer.state.global_step)
     return {
