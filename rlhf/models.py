@@ -89,10 +89,17 @@ def load_policy(path: str | Path, revision: str | None = None, trust_remote_code
     """A language model, causal or encoder-decoder.
 
     Raises:
-        ModelError: it cannot be loaded, or lacks weights.
+        ModelError: it cannot be loaded, lacks weights, or has a decoder that does not know how to start.
     """
-    kind = AutoModelForSeq2SeqLM if is_encoder_decoder(path, revision, trust_remote_code) else AutoModelForCausalLM
-    return _load_weights(kind, "model", path, revision=revision, trust_remote_code=trust_remote_code)
+    encoder = is_encoder_decoder(path, revision, trust_remote_code)
+    kind = AutoModelForSeq2SeqLM if encoder else AutoModelForCausalLM
+    model = _load_weights(kind, "model", path, revision=revision, trust_remote_code=trust_remote_code)
+    if encoder and getattr(model.config, "decoder_start_token_id", None) is None:
+        raise ModelError(
+            f"model {str(path)!r} is an encoder-decoder with no decoder_start_token_id in its config.json; set it to "
+            "the token that its decoder was trained to start with (of T5: the padding token)"
+        )
+    return model
 
 
 def load_reward_model(

@@ -6,7 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    FalconConfig,
+    GPT2Config,
+    GPTBigCodeConfig,
+    LlamaConfig,
+    T5Config,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def random_model(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A causal model with random weights of the size in ``model``, for the vocabulary of ``tokenizer``.
+    """A language model with random weights of the size in ``model``, for the vocabulary of ``tokenizer``.
 
     The weights come from torch's global generator: seed it first. Dropout is 0, and the output embeddings are
     the input embeddings.
@@ -28,23 +36,30 @@ def random_model(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrained
         "tie_word_embeddings": True,
     }
     config = _ARCHITECTURES[model.architecture](model, shared)
-    made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    made: PreTrainedModel = kind.from_config(config, dtype=torch.float32)
     return made
 
 
 def _gpt2(model: Model, shared: Mapping[str, Any]) -> PreTrainedConfig:
-    return GPT2Config(
-        n_layer=model.layers,
-        n_embd=model.width,
-        n_head=model.heads,
-        n_positions=model.context,
-        activation_function="gelu_pytorch_tanh",  # `gelu_new` in one kernel instead of eight
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        summary_first_dropout=0.0,
-        **shared,
-    )
+    return GPT2Config(**_gpt(model), summary_first_dropout=0.0, **shared)
+
+
+def _gpt_bigcode(model: Model, shared: Mapping[str, Any]) -> PreTrainedConfig:
+    return GPTBigCodeConfig(**_gpt(model), **shared)
+
+
+def _gpt(model: Model) -> dict[str, Any]:
+    return {
+        "n_layer": model.layers,
+        "n_embd": model.width,
+        "n_head": model.heads,
+        "n_positions": model.context,
+        "activation_function": "gelu_pytorch_tanh",  # `gelu_new` in one kernel instead of eight
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
 
 
 def _llama(model: Model, shared: Mapping[str, Any]) -> PreTrainedConfig:
@@ -59,7 +74,34 @@ def _llama(model: Model, shared: Mapping[str, Any]) -> PreTrainedConfig:
     )
 
 
+def _falcon(model: Model, shared: Mapping[str, Any]) -> PreTrainedConfig:
+    return FalconConfig(
+        num_hidden_layers=model.layers,
+        hidden_size=model.width,
+        num_attention_heads=model.heads,
+        max_position_embeddings=model.context,
+        **shared,
+    )
+
+
+def _t5(model: Model, shared: Mapping[str, Any]) -> PreTrainedConfig:
+    """Encoder and decoder with ``layers`` each. Its positions are relative: only ``prepare`` sees to the context."""
+    return T5Config(
+        num_layers=model.layers,
+        d_model=model.width,
+        d_kv=model.width // model.heads,
+        d_ff=4 * model.width,
+        num_heads=model.heads,
+        dropout_rate=0.0,
+        decoder_start_token_id=shared["pad_token_id"],
+        **shared,
+    )
+
+
 _ARCHITECTURES: dict[str, Callable[[Model, Mapping[str, Any]], PreTrainedConfig]] = {
     "gpt2": _gpt2,
+    "gpt_bigcode": _gpt_bigcode,
     "llama": _llama,
+    "falcon": _falcon,
+    "t5": _t5,
 }

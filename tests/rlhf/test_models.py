@@ -25,9 +25,13 @@ from transformers import (
 
 from rlhf import adapt, models
 from rlhf.errors import ModelError
+from rlhf.ppo.checks import check_policy
+from rlhf.ppo.policy import Policy
 from rlhf.random_weights import random_model
+from rlhf.sft import response_loss
 
-ARCHITECTURES = ["gpt2", "llama"]
+CAUSAL = ["gpt2", "gpt_bigcode", "llama", "falcon"]
+ARCHITECTURES = [*CAUSAL, "t5"]
 
 
 def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
@@ -43,7 +47,7 @@ def make_model(architecture: str, tokenizer: PreTrainedTokenizerFast, seed: int 
     return random_model(SimpleNamespace(**shape), tokenizer)
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=["gpt2", "llama"])
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A policy's directory."""
     tokenizer = make_tokenizer()
@@ -58,7 +62,11 @@ def test_a_random_model_has_the_size_and_tokens_that_were_asked_for(architecture
     model = make_model(architecture, tokenizer)
     config = model.config
     assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (2, 16, 2)
-    assert (config.max_position_embeddings, config.vocab_size) == (32, len(tokenizer))
+    assert config.vocab_size == len(tokenizer)
+    if architecture == "t5":
+        assert (config.num_decoder_layers, config.decoder_start_token_id) == (2, tokenizer.pad_token_id)
+    else:
+        assert config.max_position_embeddings == 32
     assert (config.eos_token_id, config.pad_token_id, config.bos_token_id) == (0, 1, None)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -144,9 +152,27 @@ def test_a_model_that_is_not_there_is_named_with_where_it_was_looked_for(
         load(tmp_path / "empty")
 
 
-def test_an_encoder_decoder_is_a_policy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_ppo_and_sft_know_every_architecture(architecture: str) -> None:
+    model = make_model(architecture, make_tokenizer()).eval()
+    check_policy(Policy(model))
+    ids = torch.tensor([[3, 4, 5, 3]])
+    labels = torch.tensor([[5, 3, -100, -100] if architecture == "t5" else [-100, -100, 5, 3]])
+    total, count = response_loss(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    assert count == 2
+    assert total.item() == pytest.approx(2 * model(input_ids=ids, labels=labels).loss.item(), rel=1e-5)
+
+
+def test_a_decoder_without_a_start_is_refused(tmp_path: Path) -> None:
     config = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ModelError, match="no decoder_start_token_id"):
+        models.load_policy(tmp_path / "t5")
+
+
+def test_an_encoder_decoder_is_a_policy(tmp_path: Path) -> None:
+    shape = {"vocab_size": 8, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0)).save_pretrained(tmp_path / "t5")
     assert models.is_encoder_decoder(tmp_path / "t5")
     assert isinstance(models.load_policy(tmp_path / "t5"), T5ForConditionalGeneration)
 
@@ -255,7 +281,7 @@ def test_a_classifiers_head_learns_beside_its_adapters(saved: Path) -> None:
     assert isinstance(models.score_head(adapt.merge_lora(adapted)), torch.nn.Linear)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_bigcode", "llama"])
 def test_dropout_is_off_in_training_mode_and_stays_in_the_config(architecture: str) -> None:
     model = make_model(architecture, make_tokenizer())
     settings = model.config.to_dict().items()
