@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration
+from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration, modeling_utils
 
 from rlhf import adapt, models, sft, training
 from rlhf.config import Model
@@ -185,3 +185,32 @@ def test_lora_is_merged_into_the_saved_model(pair: Any, monkeypatch: pytest.Monk
     assert {path.name for path in (context.out / "model").iterdir()} == {
         path.name for path in (pair.shared / "prepare/base").iterdir()
     }
+
+
+# -------------------------------------------------------------------------------------------- gradient checkpointing
+@pytest.mark.parametrize("kind", ["gpt2", "t5", "bart"])
+@pytest.mark.parametrize("lora", [0, 2])
+def test_gradient_checkpointing_changes_nothing(
+    kind: str, lora: int, toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout too: a block that is computed again draws what it drew before."""
+    pair = toy if kind == "gpt2" else with_model(kind, toy, tmp_path, dropout=0.2)
+    calls: list[int] = []
+    original = modeling_utils.checkpoint
+    monkeypatch.setattr(modeling_utils, "checkpoint", lambda *a, **k: calls.append(1) or original(*a, **k))
+    section = {"max_steps": 3, "log_every": 1}
+    found, used = [], []
+    for on in (False, True):
+        calls.clear()
+        model = {"lora_rank": lora, "gradient_checkpointing": on}
+        context = pair.context("sft", run=f"checkpointing {on}", sft=section, model=model)
+        sft.run(context)
+        used.append(len(calls))
+        found.append((pair.curves(f"checkpointing {on}"), models.load_policy(context.out / "model").state_dict()))
+    layers = {"gpt2": 2, "t5": 2, "bart": 2}[kind]  # an encoder-decoder has one in each half
+    assert used == [0, 3 * layers]
+    (curves, one), (others, other) = found
+    for (step, values), (its_step, its_values) in zip(curves, others, strict=True):
+        assert (step, values) == (its_step, pytest.approx(its_values, rel=1e-5))
+    for name, weight in one.items():
+        torch.testing.assert_close(weight, other[name], rtol=1e-5, atol=1e-6, msg=name)
