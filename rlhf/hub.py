@@ -1,47 +1,99 @@
-"""Which commit of a hub model a name stands for now."""
+"""Where a hub model is: which commit a name stands for now, and whether the hub answers.
+
+The hub is asked once, with a short timeout. A model that is in the local cache is loaded from there where the hub does
+not answer: the hub's own client would try each file again for minutes.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
 
 from rlhf.errors import ModelError
 
 TIMEOUT_SECONDS = 5.0
 
 
-def resolve_commit(name: str, revision: str | None) -> str:
+class Found(NamedTuple):
+    """A commit, in 40 hexadecimal digits, and whether the hub gave it; if not, the local cache did."""
+
+    commit: str
+    online: bool
+
+
+def resolve_commit(name: str, revision: str | None, option: str = "model.path") -> str:
+    """The commit that a hub id and revision name. ``option`` is the setting that the name is of, for the error.
+
+    Raises:
+        ModelError: as ``find``.
+    """
+    return revision if revision and _is_commit(revision) else find(name, revision, option).commit
+
+
+@cache
+def find(name: str, revision: str | None, option: str = "model.path") -> Found:
     """The commit that a hub id and revision name: asked of the hub, else read from the local hub cache.
 
     Raises:
-        ModelError: neither knows it.
+        ModelError: neither knows it. It says where it was looked for.
     """
-    if revision and re.fullmatch(r"[0-9a-f]{40}", revision):
-        return revision
+    wanted = revision or "main"
+    commit, why = _ask(name, revision)
+    if commit is not None:
+        return Found(commit, online=True)
+    folder = cache_folder(name)
+    reference = folder / "refs" / wanted
+    if reference.is_file():
+        return Found(reference.read_text(encoding="utf-8").strip(), online=False)
+    if _is_commit(wanted) and snapshot(name, wanted).is_dir():
+        return Found(wanted, online=False)
+    raise ModelError(
+        f"model {name!r} (revision {wanted}) is not here, and cannot be fetched: there is no local directory "
+        f"{Path(name).expanduser().absolute()}; it is not in the hub's cache folder {folder}; and {_url(name)} was "
+        f"{why}. Set {option} to a local directory with config.json, model.safetensors and a tokenizer, or see to it "
+        "that the hub can be reached"
+    )
+
+
+def cache_folder(name: str) -> Path:
+    """Where the hub's client keeps a model on this machine."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+
+
+def snapshot(name: str, commit: str) -> Path:
+    """The folder of a commit's files in the hub's cache."""
+    return cache_folder(name) / "snapshots" / commit
+
+
+def _ask(name: str, revision: str | None) -> tuple[str | None, str]:
+    """The commit if the hub gives it, else why not, to follow `was`."""
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    wanted = revision or "main"
-    why: Exception | str = "HF_HUB_OFFLINE is set"
-    if not (constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE")):
-        try:
-            commit = HfApi().model_info(name, revision=revision, timeout=TIMEOUT_SECONDS).sha
-            if commit:
-                return commit
-        except HFValidationError as error:
-            why = error
-        except (HfHubHTTPError, OSError, RuntimeError) as error:  # refused, unreachable, no such model
-            why = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        except Exception as error:  # the hub client's HTTP library has its own tree of connection errors
-            if "httpx" not in type(error).__module__:
-                raise
-            why = f"{type(error).__name__}: {error}"
-    folder = f"models--{name.replace('/', '--')}"
-    reference = os.path.join(constants.HF_HUB_CACHE, folder, "refs", wanted)
-    if os.path.isfile(reference):
-        with open(reference, encoding="utf-8") as file:
-            return file.read().strip()
-    raise ModelError(
-        f"model {name!r} (revision {wanted}) is neither a local directory (looked in {os.path.abspath(name)}), nor on "
-        f"the hub ({why}), nor in the hub cache {constants.HF_HUB_CACHE}; set model.path to a local directory"
-    )
+    if constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE"):
+        return None, "not asked, because HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
+    try:
+        return HfApi().model_info(name, revision=revision, timeout=TIMEOUT_SECONDS).sha, "without a commit of it"
+    except HFValidationError as error:
+        return None, f"not asked, as this is no hub id ({error})"
+    except (HfHubHTTPError, OSError, RuntimeError) as error:  # refused, unreachable, no such model
+        return None, f"asked in vain ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+    except Exception as error:  # the hub client's HTTP library has its own tree of connection errors
+        if "httpx" not in type(error).__module__:
+            raise
+        return None, f"not reachable ({type(error).__name__}: {error})"
+
+
+def _url(name: str) -> str:
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{name}"
+
+
+def _is_commit(revision: str) -> bool:
+    return re.fullmatch(r"[0-9a-f]{40}", revision) is not None

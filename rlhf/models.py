@@ -7,7 +7,6 @@ storage), files are safetensors, and code that comes with a hub model runs only 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from rlhf import hub
 from rlhf.errors import ModelError
 
 T = TypeVar("T")
@@ -44,8 +44,9 @@ def load_tokenizer(
     Raises:
         ModelError: it cannot be loaded, or it has no token that could end a sequence.
     """
-    where = {"revision": revision, "trust_remote_code": trust_remote_code}
-    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer.from_pretrained, "tokenizer", path, **where)
+    tokenizer: PreTrainedTokenizerBase = _load(
+        AutoTokenizer.from_pretrained, "tokenizer", path, revision, trust_remote_code=trust_remote_code
+    )
     if tokenizer.eos_token is None:
         if tokenizer.sep_token is None:
             raise ModelError(
@@ -75,14 +76,22 @@ def prompt_token_ids(
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
+def load_config(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    return _load(AutoConfig.from_pretrained, "model", path, revision, trust_remote_code=trust_remote_code)
+
+
 def is_encoder_decoder(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> bool:
     """Whether a model has an encoder for its prompts.
 
     Raises:
         ModelError: its configuration cannot be loaded.
     """
-    config = _load(AutoConfig.from_pretrained, "model", path, revision=revision, trust_remote_code=trust_remote_code)
-    return bool(config.is_encoder_decoder)
+    return bool(load_config(path, revision, trust_remote_code).is_encoder_decoder)
 
 
 def load_policy(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -93,7 +102,7 @@ def load_policy(path: str | Path, revision: str | None = None, trust_remote_code
     """
     encoder = is_encoder_decoder(path, revision, trust_remote_code)
     kind = AutoModelForSeq2SeqLM if encoder else AutoModelForCausalLM
-    model = _load_weights(kind, "model", path, revision=revision, trust_remote_code=trust_remote_code)
+    model = _load_weights(kind, "model", path, revision, trust_remote_code=trust_remote_code)
     if encoder and getattr(model.config, "decoder_start_token_id", None) is None:
         raise ModelError(
             f"model {str(path)!r} is an encoder-decoder with no decoder_start_token_id in its config.json; set it to "
@@ -111,13 +120,14 @@ def load_reward_model(
         ModelError: it cannot be loaded, lacks weights (a language model has no trained score head), or has more
             than one output.
     """
-    where = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = _load(AutoConfig.from_pretrained, "reward model", path, **where)
+    config = load_config(path, revision, trust_remote_code)
     if config.num_labels != 1:
         raise ModelError(
             f"reward model {str(path)!r} has {config.num_labels} outputs; a reward model has one, the score"
         )
-    return _load_weights(AutoModelForSequenceClassification, "reward model", path, **where)
+    return _load_weights(
+        AutoModelForSequenceClassification, "reward model", path, revision, trust_remote_code=trust_remote_code
+    )
 
 
 def reward_from_policy(
@@ -136,9 +146,9 @@ def reward_from_policy(
             AutoModelForSequenceClassification.from_pretrained,
             "model",
             path,
+            revision,
             num_labels=1,
             dtype=torch.float32,
-            revision=revision,
             trust_remote_code=trust_remote_code,
         )
     head = score_head(model)
@@ -189,8 +199,7 @@ def _same_family(policy: str | Path, reward: str | Path, revision: str | None, t
     """Whether a reward model has the policy's architecture and vocabulary, and reads as long a text."""
 
     def parts(path: str | Path, revision: str | None) -> tuple[str, int, dict[str, int]]:
-        where = {"revision": revision, "trust_remote_code": trust_remote_code}
-        config = _load(AutoConfig.from_pretrained, "model", path, **where)
+        config = load_config(path, revision, trust_remote_code)
         length = getattr(config, "max_position_embeddings", None) or 0
         return config.model_type, length, load_tokenizer(path, revision, trust_remote_code).get_vocab()
 
@@ -201,10 +210,12 @@ def _same_family(policy: str | Path, reward: str | Path, revision: str | None, t
     return kind == reward_kind and vocabulary == reward_vocabulary and reward_length >= length
 
 
-def _load_weights(kind: Any, what: str, path: str | Path, **options: Any) -> PreTrainedModel:
+def _load_weights(kind: Any, what: str, path: str | Path, revision: str | None, **options: Any) -> PreTrainedModel:
     """A model all of whose weights are in its files: transformers fills in random ones with just a warning."""
     with _quiet():
-        model, info = _load(kind.from_pretrained, what, path, dtype=torch.float32, output_loading_info=True, **options)
+        model, info = _load(
+            kind.from_pretrained, what, path, revision, dtype=torch.float32, output_loading_info=True, **options
+        )
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:5])
         raise ModelError(
@@ -215,28 +226,29 @@ def _load_weights(kind: Any, what: str, path: str | Path, **options: Any) -> Pre
     return loaded
 
 
-def _load(loader: Callable[..., T], what: str, path: str | Path, **options: Any) -> T:
-    """Call a ``from_pretrained`` and turn what it raises into a message that says where it looked."""
-    name = str(path)
+def _load(loader: Callable[..., T], what: str, path: str | Path, revision: str | None, **options: Any) -> T:
+    """Call a ``from_pretrained`` and turn what it raises into a message that says where it looked.
+
+    A hub model is loaded by its commit, and from the cache alone where the hub does not answer.
+    """
+    name, where, place = str(path), f"looked in the local directory {Path(path).absolute()}", str(path)
+    if not Path(path).is_dir():
+        found = hub.find(name, revision)
+        options["revision"] = found.commit
+        if found.online:
+            where = f"looked on the hub and in its cache folder {hub.cache_folder(name)}"
+        else:
+            place = str(hub.snapshot(name, found.commit))
+            where = f"the hub did not answer; looked in its cache folder {place}"
     try:
-        return loader(name, **options)
+        return loader(place, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
-            f"{what} {name!r} cannot be loaded; {_searched(name)}: {type(error).__name__}: {reason} "
+            f"{what} {name!r} cannot be loaded; {where}: {type(error).__name__}: {reason} "
             "Set model.path (reward.path for a reward model) to a local directory with config.json, "
             "model.safetensors and a tokenizer"
         ) from error
-
-
-def _searched(name: str) -> str:
-    """Where a model of this name was looked for."""
-    directory = Path(name).expanduser().absolute()
-    if directory.is_dir():
-        return f"looked in the local directory {directory}"
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "ON", "YES"}:
-        return f"there is no directory {directory}, and the hub was not asked because HF_HUB_OFFLINE is set"
-    return f"there is no directory {directory}, and the hub has no such model or is not reachable"
 
 
 @contextmanager

@@ -161,9 +161,9 @@ class Planner:
         if stage == "prepare":
             table.update(self._data_files())
         if self.config.model.path and reads_base(stage, self.config):
-            table["model.path"] = self._model(self.config.model.path, self.config.model.revision)
+            table["model.path"] = self._model("model.path", self.config.model.path, self.config.model.revision)
         if stage == "reward" and self.config.reward.path:
-            table["reward.path"] = self._model(self.config.reward.path, None)
+            table["reward.path"] = self._model("reward.path", self.config.reward.path, None)
         table.update({f"library {name}": _version(name) for name in spec.libraries})
         return table
 
@@ -187,14 +187,14 @@ class Planner:
                     table[f"data.{kind}[{index}] {path.name}"] = self._hashes.of(path)
         return table
 
-    def _model(self, path: str, revision: str | None) -> str:
-        """What identifies a model: the digest of a local directory, or the resolved commit of a hub model."""
+    def _model(self, option: str, path: str, revision: str | None) -> str:
+        """What identifies the model that an option names: the digest of a directory, or the commit of a hub model."""
         local = Path(path).expanduser()
         if local.is_dir():
             return self._hashes.of(local)
         from rlhf.hub import resolve_commit
 
-        return f"{path}@{resolve_commit(path, revision)}"
+        return f"{path}@{resolve_commit(path, revision, option)}"
 
 
 def key_of(ingredients: Mapping[str, Any]) -> str:
