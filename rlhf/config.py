@@ -35,8 +35,12 @@ class Model(Section):
     )
     path: str | None = Field(None, description="Local directory or hub id of the pretrained model.")
     revision: str | None = Field(None, description="Hub revision (branch, tag or commit) of model.path.")
-    architecture: Literal["gpt2", "llama"] = Field("gpt2", description="Architecture when init is random.")
-    layers: Count = Field(4, description="Transformer blocks when init is random.")
+    architecture: Literal["gpt2", "gpt_bigcode", "llama", "falcon", "t5"] = Field(
+        "gpt2", description="Architecture when init is random; t5 is an encoder-decoder."
+    )
+    layers: Count = Field(
+        4, description="Transformer blocks when init is random; of t5's encoder and of its decoder, each."
+    )
     width: Count = Field(128, description="Hidden size when init is random.")
     heads: Count = Field(4, description="Attention heads when init is random.")
     context: Count = Field(256, description="Longest sequence, in tokens, when init is random.")
@@ -236,6 +240,11 @@ class PipelineConfig(Section):
         if (self.ppo.enabled or self.evaluate.enabled) and not (data.has("demonstrations") or data.has("prompts")):
             raise ValueError("ppo and evaluate need prompts: set data.prompts or data.demonstrations")
         if self.model.init == "random":
+            if self.model.architecture == "t5" and self.reward.enabled and self.reward.path is None:
+                raise ValueError(
+                    "the reward model starts from the policy, but model.architecture `t5` has no score for single "
+                    "tokens; set reward.path to another model, or leave it out with `reward: off`"
+                )
             for stage in ("ppo", "evaluate"):
                 new = getattr(self, stage).max_new_tokens
                 if new >= self.model.context:

@@ -156,9 +156,11 @@ def _answers(
 
 def _check_room(policy: Policy, prompts: Prompts, new: int) -> None:
     """See that every prompt and its response fit into the model's context."""
-    limit = getattr(policy.language_model.config, "max_position_embeddings", None)
+    config = policy.language_model.config
+    limit = getattr(config, "max_position_embeddings", None)
     longest = max(map(len, prompts.token_ids))
-    if limit is not None and longest + new > limit:
+    needed = max(longest, new) if config.is_encoder_decoder else longest + new  # its two halves have the limit each
+    if limit is not None and needed > limit:
         raise DataError(
             f"a held-out prompt of {longest} tokens and evaluate.max_new_tokens {new} do not fit into the model's "
             f"context of {limit} tokens; lower evaluate.max_new_tokens, or set data.max_prompt_tokens"

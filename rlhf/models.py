@@ -1,4 +1,4 @@
-"""Models and tokenizers: made from random weights, loaded, adapted with LoRA, saved.
+"""Models and tokenizers: loaded and saved.
 
 A model's name is a local directory or a hub id. Weights are float32 (lower precision is for autocast, not for
 storage), files are safetensors, and code that comes with a hub model runs only where the configuration says so.
@@ -7,12 +7,10 @@ storage), files are safetensors, and code that comes with a hub model runs only 
 from __future__ import annotations
 
 import logging
-import os
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,75 +20,15 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.activations import NewGELUActivation
 from transformers.utils import logging as hf_logging
 
+from rlhf import hub
 from rlhf.errors import ModelError
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-
-    from rlhf.config import Model
-
 T = TypeVar("T")
-
-
-# ------------------------------------------------------------------------------------------------------- random weights
-def random_model(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A causal model with random weights of the size in ``model``, for the vocabulary of ``tokenizer``.
-
-    The weights come from torch's global generator: seed it first. Dropout is 0, and the output embeddings are
-    the input embeddings.
-    """
-    shared: dict[str, Any] = {
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-        "tie_word_embeddings": True,
-    }
-    config = _ARCHITECTURES[model.architecture](model, shared)
-    made: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return made
-
-
-def _gpt2(model: Model, shared: Mapping[str, Any]) -> PreTrainedConfig:
-    return GPT2Config(
-        n_layer=model.layers,
-        n_embd=model.width,
-        n_head=model.heads,
-        n_positions=model.context,
-        activation_function="gelu_pytorch_tanh",  # `gelu_new` in one kernel instead of eight
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        summary_first_dropout=0.0,
-        **shared,
-    )
-
-
-def _llama(model: Model, shared: Mapping[str, Any]) -> PreTrainedConfig:
-    return LlamaConfig(
-        num_hidden_layers=model.layers,
-        hidden_size=model.width,
-        intermediate_size=4 * model.width,
-        num_attention_heads=model.heads,
-        num_key_value_heads=model.heads,
-        max_position_embeddings=model.context,
-        **shared,
-    )
-
-
-_ARCHITECTURES: dict[str, Callable[[Model, Mapping[str, Any]], PreTrainedConfig]] = {
-    "gpt2": _gpt2,
-    "llama": _llama,
-}
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizers
@@ -106,8 +44,9 @@ def load_tokenizer(
     Raises:
         ModelError: it cannot be loaded, or it has no token that could end a sequence.
     """
-    where = {"revision": revision, "trust_remote_code": trust_remote_code}
-    tokenizer: PreTrainedTokenizerBase = _load(AutoTokenizer.from_pretrained, "tokenizer", path, **where)
+    tokenizer: PreTrainedTokenizerBase = _load(
+        AutoTokenizer.from_pretrained, "tokenizer", path, revision, trust_remote_code=trust_remote_code
+    )
     if tokenizer.eos_token is None:
         if tokenizer.sep_token is None:
             raise ModelError(
@@ -137,24 +76,39 @@ def prompt_token_ids(
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
+def load_config(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    return _load(AutoConfig.from_pretrained, "model", path, revision, trust_remote_code=trust_remote_code)
+
+
 def is_encoder_decoder(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> bool:
     """Whether a model has an encoder for its prompts.
 
     Raises:
         ModelError: its configuration cannot be loaded.
     """
-    config = _load(AutoConfig.from_pretrained, "model", path, revision=revision, trust_remote_code=trust_remote_code)
-    return bool(config.is_encoder_decoder)
+    return bool(load_config(path, revision, trust_remote_code).is_encoder_decoder)
 
 
 def load_policy(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
     """A language model, causal or encoder-decoder.
 
     Raises:
-        ModelError: it cannot be loaded, or lacks weights.
+        ModelError: it cannot be loaded, lacks weights, or has a decoder that does not know how to start.
     """
-    kind = AutoModelForSeq2SeqLM if is_encoder_decoder(path, revision, trust_remote_code) else AutoModelForCausalLM
-    return _load_weights(kind, "model", path, revision=revision, trust_remote_code=trust_remote_code)
+    encoder = is_encoder_decoder(path, revision, trust_remote_code)
+    kind = AutoModelForSeq2SeqLM if encoder else AutoModelForCausalLM
+    model = _load_weights(kind, "model", path, revision, trust_remote_code=trust_remote_code)
+    if encoder and getattr(model.config, "decoder_start_token_id", None) is None:
+        raise ModelError(
+            f"model {str(path)!r} is an encoder-decoder with no decoder_start_token_id in its config.json; set it to "
+            "the token that its decoder was trained to start with (of T5: the padding token)"
+        )
+    return model
 
 
 def load_reward_model(
@@ -166,13 +120,14 @@ def load_reward_model(
         ModelError: it cannot be loaded, lacks weights (a language model has no trained score head), or has more
             than one output.
     """
-    where = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = _load(AutoConfig.from_pretrained, "reward model", path, **where)
+    config = load_config(path, revision, trust_remote_code)
     if config.num_labels != 1:
         raise ModelError(
             f"reward model {str(path)!r} has {config.num_labels} outputs; a reward model has one, the score"
         )
-    return _load_weights(AutoModelForSequenceClassification, "reward model", path, **where)
+    return _load_weights(
+        AutoModelForSequenceClassification, "reward model", path, revision, trust_remote_code=trust_remote_code
+    )
 
 
 def reward_from_policy(
@@ -191,9 +146,9 @@ def reward_from_policy(
             AutoModelForSequenceClassification.from_pretrained,
             "model",
             path,
+            revision,
             num_labels=1,
             dtype=torch.float32,
-            revision=revision,
             trust_remote_code=trust_remote_code,
         )
     head = score_head(model)
@@ -244,8 +199,7 @@ def _same_family(policy: str | Path, reward: str | Path, revision: str | None, t
     """Whether a reward model has the policy's architecture and vocabulary, and reads as long a text."""
 
     def parts(path: str | Path, revision: str | None) -> tuple[str, int, dict[str, int]]:
-        where = {"revision": revision, "trust_remote_code": trust_remote_code}
-        config = _load(AutoConfig.from_pretrained, "model", path, **where)
+        config = load_config(path, revision, trust_remote_code)
         length = getattr(config, "max_position_embeddings", None) or 0
         return config.model_type, length, load_tokenizer(path, revision, trust_remote_code).get_vocab()
 
@@ -256,10 +210,12 @@ def _same_family(policy: str | Path, reward: str | Path, revision: str | None, t
     return kind == reward_kind and vocabulary == reward_vocabulary and reward_length >= length
 
 
-def _load_weights(kind: Any, what: str, path: str | Path, **options: Any) -> PreTrainedModel:
+def _load_weights(kind: Any, what: str, path: str | Path, revision: str | None, **options: Any) -> PreTrainedModel:
     """A model all of whose weights are in its files: transformers fills in random ones with just a warning."""
     with _quiet():
-        model, info = _load(kind.from_pretrained, what, path, dtype=torch.float32, output_loading_info=True, **options)
+        model, info = _load(
+            kind.from_pretrained, what, path, revision, dtype=torch.float32, output_loading_info=True, **options
+        )
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:5])
         raise ModelError(
@@ -270,28 +226,29 @@ def _load_weights(kind: Any, what: str, path: str | Path, **options: Any) -> Pre
     return loaded
 
 
-def _load(loader: Callable[..., T], what: str, path: str | Path, **options: Any) -> T:
-    """Call a ``from_pretrained`` and turn what it raises into a message that says where it looked."""
-    name = str(path)
+def _load(loader: Callable[..., T], what: str, path: str | Path, revision: str | None, **options: Any) -> T:
+    """Call a ``from_pretrained`` and turn what it raises into a message that says where it looked.
+
+    A hub model is loaded by its commit, and from the cache alone where the hub does not answer.
+    """
+    name, where, place = str(path), f"looked in the local directory {Path(path).absolute()}", str(path)
+    if not Path(path).is_dir():
+        found = hub.find(name, revision)
+        options["revision"] = found.commit
+        if found.online:
+            where = f"looked on the hub and in its cache folder {hub.cache_folder(name)}"
+        else:
+            place = str(hub.snapshot(name, found.commit))
+            where = f"the hub did not answer; looked in its cache folder {place}"
     try:
-        return loader(name, **options)
+        return loader(place, **options)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ModelError(
-            f"{what} {name!r} cannot be loaded; {_searched(name)}: {type(error).__name__}: {reason} "
+            f"{what} {name!r} cannot be loaded; {where}: {type(error).__name__}: {reason} "
             "Set model.path (reward.path for a reward model) to a local directory with config.json, "
             "model.safetensors and a tokenizer"
         ) from error
-
-
-def _searched(name: str) -> str:
-    """Where a model of this name was looked for."""
-    directory = Path(name).expanduser().absolute()
-    if directory.is_dir():
-        return f"looked in the local directory {directory}"
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "ON", "YES"}:
-        return f"there is no directory {directory}, and the hub was not asked because HF_HUB_OFFLINE is set"
-    return f"there is no directory {directory}, and the hub has no such model or is not reachable"
 
 
 @contextmanager
@@ -306,90 +263,6 @@ def _quiet() -> Iterator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
-
-
-# ----------------------------------------------------------------------------------------------------- LoRA and dropout
-def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
-    """Wrap a model with LoRA adapters on all linear layers but the head. The base weights are frozen.
-
-    The new adapter changes nothing yet: its second factor is 0. A classifier's head stays trainable. Its scale is
-    alpha / rank. Hu et al. 2021; adapters on every layer as in Dettmers et al. 2023.
-    """
-    from peft import LoraConfig, get_peft_model
-    from transformers.pytorch_utils import Conv1D
-
-    if model.get_output_embeddings() is not None:
-        task, heads = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM", None
-    else:
-        task, heads = ("SEQ_CLS", ["score"]) if hasattr(model, "score") else ("FEATURE_EXTRACTION", None)
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=0.0,
-        target_modules="all-linear",
-        exclude_modules=heads,
-        modules_to_save=heads,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        task_type=task,
-    )
-    with warnings.catch_warnings():  # peft 0.21 asks transformers 5.23 for a property under its old name
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        return get_peft_model(model, config)
-
-
-def merge_lora(model: PeftModel) -> PreTrainedModel:
-    """The plain model with the adapters added into its weights. ``model`` is used up by this."""
-    merged: PreTrainedModel = model.merge_and_unload()
-    return merged
-
-
-def save_adapter(model: PeftModel, directory: str | Path) -> None:
-    """Write the adapters by themselves, for ``PeftModel.from_pretrained`` over the model that they started from.
-
-    The place of that model on this machine is left out: it would mean nothing on another one.
-    """
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = ""
-    model.save_pretrained(str(directory))
-    (Path(directory) / "README.md").unlink(missing_ok=True)  # a form for the hub, with nothing filled in
-
-
-def set_dropout_zero(model: nn.Module) -> None:
-    """Turn off every dropout of a model, in training mode too. ``config``, which is saved with it, stays.
-
-    With dropout, the log-probabilities of an update would differ from its rollout's at the same weights.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if isinstance(value, float) and ("dropout" in name or "pdrop" in name):
-                setattr(module, name, 0.0)
-
-
-@contextmanager
-def configured_dropout_off(model: nn.Module) -> Iterator[None]:
-    """Within it, the dropouts that a model's configuration names are 0: Falcon reads its own there, at every step."""
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    were = [(c, {k: v for k, v in vars(c).items() if isinstance(v, float) and "drop" in k}) for c in configs.values()]
-    for config, names in were:
-        vars(config).update(dict.fromkeys(names, 0.0))
-    try:
-        yield
-    finally:
-        for config, names in were:
-            vars(config).update(names)
-
-
-def fuse_gelu(model: nn.Module) -> None:
-    """Compute the tanh form of GELU, where a model has it in eight small steps (GPT-2's ``gelu_new``), in one kernel.
-
-    The function is the same; its last bits are not.
-    """
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 # --------------------------------------------------------------------------------------------------------------- saving

@@ -163,9 +163,9 @@ class Planner:
         if stage == "prepare":
             table.update(self._data_files())
         if self.config.model.path and reads_base(stage, self.config):
-            table["model.path"] = self._model(self.config.model.path, self.config.model.revision)
+            table["model.path"] = self._model("model.path", self.config.model.path, self.config.model.revision)
         if stage == "reward" and self.config.reward.path:
-            table["reward.path"] = self._model(self.config.reward.path, None)
+            table["reward.path"] = self._model("reward.path", self.config.reward.path, None)
         table.update({f"library {name}": _version(name) for name in spec.libraries})
         return table
 
@@ -189,30 +189,30 @@ class Planner:
             for index, source in enumerate(sources(getattr(self.config.data, kind), f"data.{kind}")):
                 name = source.place.name if isinstance(source.place, Path) else source.shown
                 split = f"#{source.split}" if source.split else ""
-                table[f"data.{kind}[{index}] {name}{split}"] = self._source(source)
+                table[f"data.{kind}[{index}] {name}{split}"] = self._source(source, f"data.{kind}")
         if self.config.data.rows:
             text = json.dumps(self.config.data.rows, sort_keys=True)
             table["data.rows"] = hashlib.sha256(text.encode()).hexdigest()
         return table
 
-    def _source(self, source: Source) -> str:
+    def _source(self, source: Source, option: str) -> str:
         """The digest of a file, or the resolved commit of a dataset of the hub."""
         if isinstance(source.place, Path):
             return self._hashes.of(source.place)
         from rlhf.hub import resolve_commit
 
         dataset = source.place
-        commit = resolve_commit(dataset.name, dataset.revision, "dataset")
+        commit = resolve_commit(dataset.name, dataset.revision, option, "dataset")
         return f"{dataset.name}@{commit} {dataset.config or ''} {dataset.split}"
 
-    def _model(self, path: str, revision: str | None) -> str:
-        """What identifies a model: the digest of a local directory, or the resolved commit of a hub model."""
+    def _model(self, option: str, path: str, revision: str | None) -> str:
+        """What identifies the model that an option names: the digest of a directory, or the commit of a hub model."""
         local = Path(path).expanduser()
         if local.is_dir():
             return self._hashes.of(local)
         from rlhf.hub import resolve_commit
 
-        return f"{path}@{resolve_commit(path, revision)}"
+        return f"{path}@{resolve_commit(path, revision, option)}"
 
 
 def key_of(ingredients: Mapping[str, Any]) -> str:

@@ -25,7 +25,8 @@ from rlhf.data.settle import Settled, Stated, settle
 from rlhf.data.sizing import Sized, check_room, prompts_of, write
 from rlhf.data.tokens import context_length, train_tokenizer
 from rlhf.errors import DataError
-from rlhf.models import load_tokenizer, random_model, save
+from rlhf.models import load_tokenizer, save
+from rlhf.random_weights import random_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

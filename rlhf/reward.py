@@ -21,7 +21,7 @@ import torch
 from datasets import Dataset
 from trl import RewardConfig, RewardTrainer
 
-from rlhf import models, training
+from rlhf import adapt, models, training
 from rlhf.errors import DataError, ModelError
 from rlhf.intervals import Floats, bootstrap_interval
 
@@ -94,7 +94,7 @@ def _trained(
     """The model after training, adapters merged. The validation pairs are scored before, between epochs and after."""
     section, lora = context.config.reward, context.config.model.lora_rank
     trainer = Trainer(
-        model=models.add_lora(model, lora, context.config.model.lora_alpha) if lora else model,
+        model=adapt.add_lora(model, lora, context.config.model.lora_alpha) if lora else model,
         args=training.training_arguments(
             RewardConfig, section, context, max_length=None, center_rewards_coefficient=section.center or None
         ),
@@ -113,7 +113,7 @@ def _trained(
         training.log_values(context, validate(), 0)
     training.train(trainer, context, checkpoint, validate)
     training.log_values(context, validate(), trainer.state.global_step)
-    trained: PreTrainedModel = models.merge_lora(trainer.model) if lora else trainer.model
+    trained: PreTrainedModel = adapt.merge_lora(trainer.model) if lora else trainer.model
     return trained
 
 

@@ -1,8 +1,10 @@
 """Supervised fine-tuning: the base model learns the demonstrated responses, with TRL's SFTTrainer.
 
-A row is ids(prompt) + ids(response) + end-of-sequence, the parts tokenized apart, so that the policy is trained on
-the very prompt tokens that it is given in a rollout. The loss is the mean negative log-likelihood, in nats, over the
-response tokens of a batch, end-of-sequence included; prompts are read, not learned.
+A row of a causal model is ids(prompt) + ids(response) + end-of-sequence, the parts tokenized apart, so that the policy
+is trained on the very prompt tokens that it is given in a rollout. An encoder-decoder, trained with transformers'
+Seq2SeqTrainer, has ids(prompt) in its encoder and ids(response) + end-of-sequence in its decoder, each as in a rollout.
+The loss is the mean negative log-likelihood, in nats, over the response tokens of a batch, end-of-sequence included;
+prompts are read, not learned.
 """
 
 from __future__ import annotations
@@ -15,14 +17,14 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
+from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from rlhf import models, training
-from rlhf.errors import ModelError
+from rlhf import adapt, models, training
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rlhf.context import Context
 
@@ -30,14 +32,17 @@ IGNORED = -100  # label of a token that the loss does not count
 
 
 class Row(NamedTuple):
-    """One demonstration: token ids, and the same as labels with the prompt's ones ``IGNORED``."""
+    """One demonstration: token ids, and the same as labels with the prompt's ones ``IGNORED``.
+
+    For an encoder-decoder, the ids of the prompt, and the response's as labels.
+    """
 
     input_ids: list[int]
     labels: list[int]
 
 
-class Trainer(training.PipelineTrainer, SFTTrainer):  # type: ignore[misc]
-    """TRL's trainer with logits for response positions only; its own loss takes twice the time on a CPU."""
+class ResponseLoss(training.PipelineTrainer):
+    """A trainer of ``response_loss``, whatever the model's own loss."""
 
     def compute_loss(
         self,
@@ -51,6 +56,14 @@ class Trainer(training.PipelineTrainer, SFTTrainer):  # type: ignore[misc]
         return total / (count if num_items_in_batch is None else num_items_in_batch)
 
 
+class CausalTrainer(ResponseLoss, SFTTrainer):  # type: ignore[misc]
+    """TRL's trainer with logits for response positions only; its own loss takes twice the time on a CPU."""
+
+
+class EncoderDecoderTrainer(ResponseLoss, Seq2SeqTrainer):  # type: ignore[misc]
+    """transformers' trainer, with the loss, the order of rows and the checks of the causal one."""
+
+
 def run(context: Context) -> dict[str, float]:
     """Train on the demonstrations of the training split; write ``model/``, adapters merged.
 
@@ -59,7 +72,7 @@ def run(context: Context) -> dict[str, float]:
         logged after each epoch; ``sft/tokens``: response tokens of an epoch; ``sft/trainable_parameters``.
 
     Raises:
-        ModelError: the base model cannot be loaded, or is an encoder-decoder.
+        ModelError: the base model cannot be loaded.
         TrainingError: a loss or gradient is not finite.
     """
     config = context.config
@@ -68,25 +81,14 @@ def run(context: Context) -> dict[str, float]:
     base = context.base_model()
     tokenizer = models.load_tokenizer(base, **context.model_options(base))
     model: Any = models.load_policy(base, **context.model_options(base))
-    if model.config.is_encoder_decoder:
-        raise ModelError(
-            f"model {base!r} is an encoder-decoder ({model.config.model_type}), which the sft stage does not train; "
-            "leave it out with `sft: off` and start from a model that is fine-tuned already"
-        )
+    encoder = bool(model.config.is_encoder_decoder)
     if config.model.lora_rank:
-        model = models.add_lora(model, config.model.lora_rank, config.model.lora_alpha)
+        model = adapt.add_lora(model, config.model.lora_rank, config.model.lora_alpha)
     rows, held_out = (
-        read_rows(context.input(f"prepare/demonstrations/{split}.parquet"), tokenizer)
+        read_rows(context.input(f"prepare/demonstrations/{split}.parquet"), tokenizer, encoder)
         for split in ("train", "validation")
     )
-    trainer = Trainer(
-        model=model,
-        args=training.training_arguments(
-            SFTConfig, config.sft, context, max_length=None, dataset_kwargs={"skip_prepare_dataset": True}
-        ),
-        train_dataset=_dataset(rows),
-        processing_class=tokenizer,
-    )
+    trainer = _trainer(model, tokenizer, rows, context)
     size = trainer.args.per_device_train_batch_size
 
     def validate() -> dict[str, float]:
@@ -97,7 +99,7 @@ def run(context: Context) -> dict[str, float]:
     trained = trainer.model
     trainable = training.trainable_parameters(trained)
     if config.model.lora_rank:
-        trained = models.merge_lora(trained)
+        trained = adapt.merge_lora(trained)
     models.save(trained, tokenizer, context.out / "model")
     training.log_values(context, final, trainer.state.global_step)
     return {
@@ -108,61 +110,97 @@ def run(context: Context) -> dict[str, float]:
     }
 
 
-def read_rows(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
-    """The demonstrations of a file with the columns ``prompt`` and ``response``, in its order."""
+def _trainer(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], context: Context) -> Any:
+    """The trainer of a model with or without adapters."""
+    encoder = model.config.is_encoder_decoder
+    kind, options, extra = (
+        (EncoderDecoderTrainer, Seq2SeqTrainingArguments, {})
+        if encoder
+        else (CausalTrainer, SFTConfig, {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}})
+    )
+    trainer = kind(
+        model=model,
+        args=training.training_arguments(options, context.config.sft, context, **extra),
+        train_dataset=_dataset(rows, encoder),
+        data_collator=collate,
+        processing_class=tokenizer,
+    )
+    trainer.model_accepts_loss_kwargs = True  # it is our loss that takes the batch's number of tokens, not the model's
+    return trainer
+
+
+def read_rows(path: Path, tokenizer: PreTrainedTokenizerBase, encoder: bool = False) -> list[Row]:
+    """The demonstrations of a file with the columns ``prompt`` and ``response``, in its order.
+
+    With ``encoder``, as an encoder-decoder reads them.
+    """
     table = pq.read_table(path, columns=["prompt", "response"]).to_pydict()
     if not table["prompt"]:
         return []
-    prompts = models.prompt_token_ids(tokenizer, table["prompt"])
+    prompts = models.prompt_token_ids(tokenizer, table["prompt"], encoder)
     responses = tokenizer(table["response"], add_special_tokens=False)["input_ids"]
-    return [
-        _row(prompt, [*response, tokenizer.eos_token_id]) for prompt, response in zip(prompts, responses, strict=True)
-    ]
+    pairs = zip(prompts, ([*response, tokenizer.eos_token_id] for response in responses), strict=True)
+    if encoder:
+        return [Row(prompt, response) for prompt, response in pairs]
+    return [Row(prompt + response, [IGNORED] * len(prompt) + response) for prompt, response in pairs]
 
 
-def _row(prompt: list[int], response: list[int]) -> Row:
-    return Row(prompt + response, [IGNORED] * len(prompt) + response)
+def _dataset(rows: Sequence[Row], encoder: bool) -> Dataset:
+    """Rows with their lengths: tokens of prompt and response."""
+    lengths = [len(row.input_ids) + (len(row.labels) if encoder else 0) for row in rows]
+    return Dataset.from_list([row._asdict() | {"length": length} for row, length in zip(rows, lengths, strict=True)])
 
 
-def _dataset(rows: Sequence[Row]) -> Dataset:
-    return Dataset.from_dict(
-        {
-            "input_ids": [row.input_ids for row in rows],
-            "labels": [row.labels for row in rows],
-            "length": [len(row.input_ids) for row in rows],
-        }
-    )
+def collate(rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
+    """A batch of rows, each part padded on the right: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T).
+
+    The mask comes from lengths: padding may be end-of-sequence, and an encoder reads positions that count from 0.
+    """
+    ids = [row["input_ids"] for row in rows]
+    return {
+        "input_ids": training.padded(ids, 0),
+        "attention_mask": training.padded([[1] * len(row) for row in ids], 0),
+        "labels": training.padded([row["labels"] for row in rows], IGNORED),
+    }
 
 
-def response_loss(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def response_loss(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Sum of -log p over the tokens of a batch that have a label, in nats, and their number.
 
     Args:
-        inputs: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T). Position t predicts label t + 1, so the
-            first label never counts.
+        inputs: as ``collate`` makes them. In a causal model position t predicts label t + 1, so the first label never
+            counts; in an encoder-decoder, position t of the decoder, which reads label t - 1, predicts label t.
     """
-    labels = inputs["labels"][:, 1:]
-    places = (labels != IGNORED).any(0).nonzero()[:, 0]  # positions with a label in any row of the batch
-    labels = labels[:, places].flatten()
-    output = model(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False, logits_to_keep=places
-    )
-    logits = output.logits.flatten(0, 1).float()
+    labels, seen = inputs["labels"], {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    if model.config.is_encoder_decoder:
+        read = decoder_input_ids(labels, model.config.decoder_start_token_id)
+        output = model(**seen, decoder_input_ids=read, use_cache=False)
+    else:
+        labels = labels[:, 1:]
+        places = (labels != IGNORED).any(0).nonzero()[:, 0]  # positions with a label in any row of the batch
+        labels = labels[:, places]
+        output = model(**seen, use_cache=False, logits_to_keep=places)
+    labels, logits = labels.flatten(), output.logits.flatten(0, 1).float()
     return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"), (labels != IGNORED).sum()
 
 
+def decoder_input_ids(labels: Tensor, start: int) -> Tensor:
+    """What a decoder reads, (B, T): its start token, then the labels (B, T) without their last column.
+
+    It needs no mask: attention is causal, and no label comes after a row's padding.
+    """
+    before = labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, 0)
+    return torch.cat([torch.full_like(labels[:, :1], start), before], dim=1)
+
+
 @torch.no_grad()
-def mean_loss(model: nn.Module, rows: Sequence[Row], batch_size: int) -> float:
+def mean_loss(model: PreTrainedModel, rows: Sequence[Row], batch_size: int) -> float:
     """The loss over rows: the mean over all of their response tokens, in nats, whatever the batch size."""
     device = next(model.parameters()).device
     model.eval()
     total, count = 0.0, 0
     for batch in training.batches_by_length([row.input_ids for row in rows], batch_size):
-        inputs = {
-            "input_ids": training.padded([rows[i].input_ids for i in batch], 0),
-            "labels": training.padded([rows[i].labels for i in batch], IGNORED),
-            "attention_mask": training.padded([[1] * len(rows[i].input_ids) for i in batch], 0),
-        }
+        inputs = collate([rows[i]._asdict() for i in batch])
         loss, tokens = response_loss(model, {name: tensor.to(device) for name, tensor in inputs.items()})
         total, count = total + loss.item(), count + int(tokens)
     return total / count

@@ -30,12 +30,12 @@ MUTATIONS = [
         "test_invariants.py -k starts_at_ratio_one",
     ),
     Mutation(
-        "1", "dropout that a configuration names stays on", "models.py",
+        "1", "dropout that a configuration names stays on", "adapt.py",
         "vars(config).update(dict.fromkeys(names, 0.0))", "pass",
         "test_invariants.py -k starts_at_ratio_one",
     ),
     Mutation(
-        "1", "dropout modules stay on", "models.py", "module.p = 0.0", "pass",
+        "1", "dropout modules stay on", "adapt.py", "module.p = 0.0", "pass",
         "test_invariants.py -k starts_at_ratio_one",
     ),
     Mutation(
@@ -267,7 +267,7 @@ MUTATIONS = [
         "test_invariants.py test_policy.py -k 'lora or reference'",
     ),
     Mutation(
-        "9", "biases of the base learn too", "models.py", "lora_dropout=0.0,", 'lora_dropout=0.0,\n        bias="all",',
+        "9", "biases of the base learn too", "adapt.py", "lora_dropout=0.0,", 'lora_dropout=0.0,\n        bias="all",',
         "test_invariants.py -k lora",
     ),
     # --- 10: combinations

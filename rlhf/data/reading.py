@@ -325,9 +325,9 @@ def _read_source(source: Source, where: str, bad: BadRows, encoding: str) -> Ite
     if isinstance(source.place, Path):
         yield from read_file(source.place, where, bad, encoding)
     else:
-        from rlhf.hub import load_hub_dataset
+        from rlhf.hub import load_dataset
 
-        yield from dataset_parts(load_hub_dataset(*source.place, where), source.shown)
+        yield from dataset_parts(load_dataset(*source.place, where), source.shown)
 
 
 def _read_rows(data: Data, kind: str) -> Iterator[Part]:

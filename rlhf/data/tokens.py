@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from rlhf.errors import ModelError
-from rlhf.models import prompt_token_ids
+from rlhf.models import load_config, prompt_token_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,13 +61,7 @@ def context_length(model: Model) -> int | None:
     """
     if model.path is None:
         return model.context
-    try:
-        config = AutoConfig.from_pretrained(
-            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
-        )
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise ModelError(f"model.path {model.path!r} has no configuration that can be read: {reason}") from error
+    config = load_config(model.path, model.revision, model.trust_remote_code)
     limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit
 

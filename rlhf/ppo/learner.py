@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rlhf import models
+from rlhf import adapt
 from rlhf.ppo import batching, core
 from rlhf.ppo.policy import Policy, ValueModel
 from rlhf.ppo.rollout import Experience
@@ -77,7 +77,7 @@ class Learner:
         both = nn.ModuleList([model for model in (self.policy, self.value_model) if model is not None])
         both.train()
         try:
-            with models.configured_dropout_off(both):
+            with adapt.configured_dropout_off(both):
                 yield
         finally:
             self.optimizer.zero_grad()

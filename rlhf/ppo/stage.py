@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf import models, rewards, training
+from rlhf import adapt, models, rewards, training
 from rlhf.errors import DataError
 from rlhf.ppo import state
 from rlhf.ppo.batching import Prompts
@@ -91,7 +91,7 @@ def save(trainer: Trainer, out: Path) -> None:
         (out / "value").mkdir(exist_ok=True)
         save_file(head.state_dict(), out / "value" / "head.safetensors")
     if not isinstance(policy.model, PreTrainedModel):
-        models.save_adapter(policy.model, out / "adapter")
+        adapt.save_adapter(policy.model, out / "adapter")
     models.save(_merged(policy.model), tokenizer, out / "model")
     write_samples(out / "samples.parquet", trainer.progress.samples)
     write_curves(out / "curves.parquet", trainer.progress.history)
@@ -167,7 +167,7 @@ def _reward_model(context: Context, device: torch.device) -> rewards.RewardModel
         return None
     path, trusted = context.input("reward/model"), context.config.model.trust_remote_code
     model = models.load_reward_model(path, trust_remote_code=trusted).to(device).eval().requires_grad_(False)
-    models.fuse_gelu(model)
+    adapt.fuse_gelu(model)
     return rewards.RewardModel(model, models.load_tokenizer(path, trust_remote_code=trusted))
 
 
@@ -175,9 +175,9 @@ def _trainable(model: Any, config: PipelineConfig) -> Any:
     """The model as PPO trains it: with adapters and gradient checkpointing if the configuration says so."""
     if config.model.gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    return models.add_lora(model, config.model.lora_rank, config.model.lora_alpha) if config.model.lora_rank else model
+    return adapt.add_lora(model, config.model.lora_rank, config.model.lora_alpha) if config.model.lora_rank else model
 
 
 def _merged(model: Any) -> PreTrainedModel:
     """The trained model with its adapters, if any, merged."""
-    return plain(model) if isinstance(model, PreTrainedModel) else models.merge_lora(model)
+    return plain(model) if isinstance(model, PreTrainedModel) else adapt.merge_lora(model)

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf import allocator, models
+from rlhf import adapt, allocator
 from rlhf.errors import ConfigError, RewardError, TrainingError
 from rlhf.ppo import batching, core, heldout, state, summary
 from rlhf.ppo.batching import Prompts
@@ -233,8 +233,8 @@ class Trainer:
             self.reference = self.policy.as_reference()
         for model in (self.policy, self.value_model, self.reference):
             if model is not None:
-                models.set_dropout_zero(model)
-                models.fuse_gelu(model)
+                adapt.set_dropout_zero(model)
+                adapt.fuse_gelu(model)
                 model.to(self.device).eval()
         check_policy(self.policy, s.generation)
         if self.device.type == "cpu":

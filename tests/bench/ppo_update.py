@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, LlamaConfig
 
-from rlhf import models
+from rlhf import adapt
 from rlhf.ppo import Policy, Prompts, Settings, Trainer, ValueModel
 from rlhf.ppo.policy import zero_head
 from rlhf.ppo.rollout import Rollout, per_token
@@ -131,8 +131,8 @@ def make_trainer(args: argparse.Namespace, checkpoints: Path) -> ScoredTrainer:
     value = build(shape, AutoModelForSequenceClassification, 2) if args.value == "separate" else None
     head = zero_head(policy) if value is None else None
     reward = build(shape, AutoModelForSequenceClassification, 3).requires_grad_(False).eval().to(args.device)
-    models.set_dropout_zero(reward)
-    models.fuse_gelu(reward)
+    adapt.set_dropout_zero(reward)
+    adapt.fuse_gelu(reward)
     trainer = ScoredTrainer(
         settings=Settings(
             updates=args.warmup_updates + args.updates,
@@ -146,7 +146,7 @@ def make_trainer(args: argparse.Namespace, checkpoints: Path) -> ScoredTrainer:
             generation=args.generation,
             value_model=args.value,
         ),
-        policy=Policy(models.add_lora(policy, args.lora_rank, 2.0 * args.lora_rank) if args.lora else policy, head),
+        policy=Policy(adapt.add_lora(policy, args.lora_rank, 2.0 * args.lora_rank) if args.lora else policy, head),
         value_model=None if value is None else ValueModel(value),
         rewards=None,  # type: ignore[arg-type]  (ask_rewards)
         prompts=Prompts([""] * count, ids, {}),

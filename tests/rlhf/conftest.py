@@ -16,6 +16,7 @@ import torch
 from rlhf import models
 from rlhf.config import PipelineConfig
 from rlhf.context import Context
+from rlhf.random_weights import random_model
 from rlhf.tracker import Entry, JournalTracker, Tracker, read_journal
 
 WORDS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen"]
@@ -124,7 +125,7 @@ def _inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = Toy(shared, shared / "unused").context("sft").config
     for name in ("prepare/base", "sft/model"):  # both untrained, but not the same
         torch.manual_seed(len(name))
-        models.save(models.random_model(config.model, tokenizer), tokenizer, shared / name)
+        models.save(random_model(config.model, tokenizer), tokenizer, shared / name)
     return shared
 
 

@@ -23,10 +23,15 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from rlhf import models
+from rlhf import adapt, models
 from rlhf.errors import ModelError
+from rlhf.ppo.checks import check_policy
+from rlhf.ppo.policy import Policy
+from rlhf.random_weights import random_model
+from rlhf.sft import response_loss
 
-ARCHITECTURES = ["gpt2", "llama"]
+CAUSAL = ["gpt2", "gpt_bigcode", "llama", "falcon"]
+ARCHITECTURES = [*CAUSAL, "t5"]
 
 
 def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
@@ -39,10 +44,10 @@ def make_tokenizer(**special: str) -> PreTrainedTokenizerFast:
 def make_model(architecture: str, tokenizer: PreTrainedTokenizerFast, seed: int = 0, **size: int) -> Any:
     torch.manual_seed(seed)
     shape: Any = {"architecture": architecture, "layers": 2, "width": 16, "heads": 2, "context": 32} | size
-    return models.random_model(SimpleNamespace(**shape), tokenizer)
+    return random_model(SimpleNamespace(**shape), tokenizer)
 
 
-@pytest.fixture(params=ARCHITECTURES)
+@pytest.fixture(params=["gpt2", "llama"])
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A policy's directory."""
     tokenizer = make_tokenizer()
@@ -57,7 +62,11 @@ def test_a_random_model_has_the_size_and_tokens_that_were_asked_for(architecture
     model = make_model(architecture, tokenizer)
     config = model.config
     assert (config.num_hidden_layers, config.hidden_size, config.num_attention_heads) == (2, 16, 2)
-    assert (config.max_position_embeddings, config.vocab_size) == (32, len(tokenizer))
+    assert config.vocab_size == len(tokenizer)
+    if architecture == "t5":
+        assert (config.num_decoder_layers, config.decoder_start_token_id) == (2, tokenizer.pad_token_id)
+    else:
+        assert config.max_position_embeddings == 32
     assert (config.eos_token_id, config.pad_token_id, config.bos_token_id) == (0, 1, None)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert {p.dtype for p in model.parameters()} == {torch.float32}
@@ -143,9 +152,27 @@ def test_a_model_that_is_not_there_is_named_with_where_it_was_looked_for(
         load(tmp_path / "empty")
 
 
-def test_an_encoder_decoder_is_a_policy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_ppo_and_sft_know_every_architecture(architecture: str) -> None:
+    model = make_model(architecture, make_tokenizer()).eval()
+    check_policy(Policy(model))
+    ids = torch.tensor([[3, 4, 5, 3]])
+    labels = torch.tensor([[5, 3, -100, -100] if architecture == "t5" else [-100, -100, 5, 3]])
+    total, count = response_loss(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+    assert count == 2
+    assert total.item() == pytest.approx(2 * model(input_ids=ids, labels=labels).loss.item(), rel=1e-5)
+
+
+def test_a_decoder_without_a_start_is_refused(tmp_path: Path) -> None:
     config = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
+    with pytest.raises(ModelError, match="no decoder_start_token_id"):
+        models.load_policy(tmp_path / "t5")
+
+
+def test_an_encoder_decoder_is_a_policy(tmp_path: Path) -> None:
+    shape = {"vocab_size": 8, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0)).save_pretrained(tmp_path / "t5")
     assert models.is_encoder_decoder(tmp_path / "t5")
     assert isinstance(models.load_policy(tmp_path / "t5"), T5ForConditionalGeneration)
 
@@ -154,9 +181,9 @@ def test_dropouts_that_a_configuration_names_are_off_and_come_back() -> None:
     """Falcon reads ``hidden_dropout`` from its configuration at every step."""
     shape = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
     model = FalconForCausalLM(FalconConfig(**shape, hidden_dropout=0.5, attention_dropout=0.5)).train()
-    models.set_dropout_zero(model)
+    adapt.set_dropout_zero(model)
     ids = torch.arange(8)[None]
-    with models.configured_dropout_off(torch.nn.ModuleList([model])):
+    with adapt.configured_dropout_off(torch.nn.ModuleList([model])):
         assert torch.equal(model(ids).logits, model(ids).logits)
     assert model.config.hidden_dropout == 0.5
     assert not torch.equal(model(ids).logits, model(ids).logits)
@@ -166,7 +193,7 @@ def test_a_fused_gelu_is_the_same_function() -> None:
     config = GPT2Config(vocab_size=8, n_embd=8, n_layer=1, n_head=2, activation_function="gelu_new")
     model = GPT2LMHeadModel(config).eval()
     expected = model(torch.arange(8)[None]).logits
-    models.fuse_gelu(model)
+    adapt.fuse_gelu(model)
     assert isinstance(model.transformer.h[0].mlp.act, torch.nn.GELU)
     torch.testing.assert_close(model(torch.arange(8)[None]).logits, expected, rtol=1e-5, atol=1e-6)
 
@@ -229,7 +256,7 @@ def test_prompts_get_a_beginning_only_where_the_tokenizer_adds_it() -> None:
 
 # ----------------------------------------------------------------------------------------------- LoRA and dropout
 def test_lora_starts_as_the_base_freezes_it_and_merges_into_it(saved: Path) -> None:
-    base, adapted = models.load_policy(saved), models.add_lora(models.load_policy(saved), 2, 8.0)
+    base, adapted = models.load_policy(saved), adapt.add_lora(models.load_policy(saved), 2, 8.0)
     ids = torch.tensor([[3, 4, 5, 3]])
     assert torch.equal(adapted(input_ids=ids).logits, base(input_ids=ids).logits)
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
@@ -240,21 +267,21 @@ def test_lora_starts_as_the_base_freezes_it_and_merges_into_it(saved: Path) -> N
             if parameter.requires_grad:
                 parameter.add_(0.1)
     expected = adapted(input_ids=ids).logits
-    merged = models.merge_lora(adapted)
+    merged = adapt.merge_lora(adapted)
     assert merged.state_dict().keys() == base.state_dict().keys()
     torch.testing.assert_close(merged(input_ids=ids).logits, expected)
     assert not torch.allclose(expected, base(input_ids=ids).logits)
 
 
 def test_a_classifiers_head_learns_beside_its_adapters(saved: Path) -> None:
-    adapted = models.add_lora(models.reward_from_policy(saved), 2, 8.0)
+    adapted = adapt.add_lora(models.reward_from_policy(saved), 2, 8.0)
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert [name for name in trained if "score" in name]
     assert all("lora_" in name or "score" in name for name in trained)
-    assert isinstance(models.score_head(models.merge_lora(adapted)), torch.nn.Linear)
+    assert isinstance(models.score_head(adapt.merge_lora(adapted)), torch.nn.Linear)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ["gpt2", "gpt_bigcode", "llama"])
 def test_dropout_is_off_in_training_mode_and_stays_in_the_config(architecture: str) -> None:
     model = make_model(architecture, make_tokenizer())
     settings = model.config.to_dict().items()
@@ -265,6 +292,6 @@ def test_dropout_is_off_in_training_mode_and_stays_in_the_config(architecture: s
     model = type(model)(model.config).train()  # with dropout, the functional one of attention too
     ids = torch.tensor([[3, 4, 5, 3]])
     assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
-    models.set_dropout_zero(model)
+    adapt.set_dropout_zero(model)
     assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
     assert all(getattr(model.config, name) == 0.5 for name in names)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rlhf import checkpoints, models, reward, training
+from rlhf import adapt, checkpoints, models, reward, training
 from rlhf.errors import DataError, TrainingError
 from rlhf.reward import Pairs, Scores
 from rlhf.rewards import RewardModel
@@ -250,14 +250,14 @@ def test_resumes_bit_identically(toy: Any, step: int, lora_rank: int) -> None:
 
 def test_lora_is_merged_with_its_head(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     scores: list[Any] = []
-    original = models.merge_lora
+    original = adapt.merge_lora
     rows = rows_of(toy, "test", "chosen", classifier(toy))
 
     def merge(model: Any) -> Any:
         scores.append(reward.raw_scores(model, rows, 4))
         return original(model)
 
-    monkeypatch.setattr(models, "merge_lora", merge)
+    monkeypatch.setattr(adapt, "merge_lora", merge)
     context = toy.context("reward", reward=FEW, model={"lora_rank": 4})
     reward.run(context)
     saved = models.load_reward_model(context.out / "model")

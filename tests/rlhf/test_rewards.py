@@ -20,7 +20,7 @@ from transformers import (
 
 from rlhf import rewards
 from rlhf.errors import ConfigError, RewardError
-from rlhf.models import random_model
+from rlhf.random_weights import random_model
 
 PROMPTS, RESPONSES = ["p one", "p two", "p three"], [" a", " bb", " ccc"]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rlhf import checkpoints, models, sft, training
+from rlhf import adapt, checkpoints, models, sft, training
 from rlhf.errors import TrainingError
 
 STEPS = {"batch_size": 24, "epochs": 2}  # 84 rows: 4 steps an epoch, the last one with 12 rows
@@ -251,13 +251,13 @@ def test_an_end_within_the_writing_of_a_checkpoint(
 def test_lora_is_merged_into_the_saved_model(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.tensor([[5, 6, 7, 8, 9]])
     adapted: list[torch.Tensor] = []
-    original = models.merge_lora
+    original = adapt.merge_lora
 
     def merge(model: Any) -> Any:
         adapted.append(model.eval()(input_ids=ids).logits)
         return original(model)
 
-    monkeypatch.setattr(models, "merge_lora", merge)
+    monkeypatch.setattr(adapt, "merge_lora", merge)
     context = toy.context("sft", sft={"max_steps": 4}, model={"lora_rank": 2})
     finals = sft.run(context)
     saved = models.load_policy(context.out / "model")

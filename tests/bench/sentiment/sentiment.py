@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf import models
+from rlhf import adapt, models
 from rlhf.ppo import batching
 from rlhf.ppo.policy import Policy, exact_kl
 from rlhf.ppo.rollout import collect, per_token
@@ -85,7 +85,7 @@ def out_folder() -> Path:
 def reward_model(out: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The classifier of the reward and its tokenizer."""
     model = models.load_reward_model(out / "reward").eval().requires_grad_(False)
-    models.fuse_gelu(model)
+    adapt.fuse_gelu(model)
     return model, models.load_tokenizer(out / "reward")
 
 
@@ -120,8 +120,8 @@ def train_reward(
     So it is calibrated on short texts, where a review's label is often not to be seen. ``negatives`` (B,) is 1 where
     review ``rows[b]`` is negative. One pass takes one window of each review.
     """
-    models.set_dropout_zero(model)
-    models.fuse_gelu(model)
+    adapt.set_dropout_zero(model)
+    adapt.fuse_gelu(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
     steps = passes * math.ceil(len(rows) / batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps, pct_start=0.1)

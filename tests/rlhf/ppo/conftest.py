@@ -26,7 +26,8 @@ from transformers import (
     T5Config,
 )
 
-from rlhf.models import add_lora, score_head
+from rlhf.adapt import add_lora
+from rlhf.models import score_head
 from rlhf.ppo.batching import Prompts
 from rlhf.ppo.core import Running
 from rlhf.ppo.policy import Policy, ValueModel, zero_head

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
-from rlhf.models import add_lora
+from rlhf.adapt import add_lora
 from rlhf.ppo import generation
 from rlhf.ppo.batching import pad
 from rlhf.ppo.decoding import allows_static

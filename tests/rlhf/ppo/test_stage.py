@@ -21,6 +21,7 @@ from rlhf.config import PipelineConfig
 from rlhf.context import Context
 from rlhf.errors import ConfigError, DataError, ModelError
 from rlhf.ppo import stage
+from rlhf.random_weights import random_model
 from rlhf.tracker import NullTracker
 
 REWARD = "def length(prompts, responses, reference):\n    return [float(len(r)) for r in responses]\n"
@@ -240,7 +241,7 @@ def test_a_reward_model_of_another_kind_scores_but_is_no_value_model(make: Calla
                                              "ppo": "off", "model": config}).model  # fmt: skip
     tokenizer = models.load_tokenizer(toy.shared / "sft/model")
     directory = context.inputs["reward"] / "model"
-    models.save(models.random_model(section, tokenizer), tokenizer, directory.parent / "llama")
+    models.save(random_model(section, tokenizer), tokenizer, directory.parent / "llama")
     models.save(models.reward_from_policy(directory.parent / "llama"), tokenizer, directory)
     finals = stage.run(context)
     assert finals["ppo/episodes"] == 24
