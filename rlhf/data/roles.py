@@ -71,7 +71,7 @@ def roles_of(kind: str, part: Part, computed: Sequence[str], config: PipelineCon
                 holds = {"reference": "text"}
     answers = [Column(getattr(names, role), f"data.columns.{role}", what) for role, what in holds.items()]
     talks = [getattr(names, role) for role, what in holds.items() if what == "talk"]
-    whole = any(_is_conversation(part, name) for name in talks if part.names.count(name) == 1)
+    whole = "messages" in holds or any(_is_conversation(part, name) for name in talks if part.names.count(name) == 1)
     columns: list[Column] = []
     if kind != "labelled":
         for field in template_fields(data.prompt_template):
