@@ -1,0 +1,52 @@
+"""Prepares a generated CSV file and prints what it took, as JSON: ``python large_csv.py ROWS FOLDER``.
+
+A process of its own, so that its peak of resident memory is that of this data alone.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+WORDS = ["market", "river", "letter", "window", "engine", "garden", "winter", "signal", "doctor", "bridge"]
+
+
+def generate(path: Path, rows: int) -> None:
+    """About 500 bytes a row."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "response", "source"])
+        for row in range(rows):
+            words = [WORDS[(row * 7 + i * (row % 11 + 1)) % 10] for i in range(64)]
+            writer.writerow([f"Row {row}: " + " ".join(words[:48]), " ".join(words[16:]) + f', "{row}"', row % 97])
+
+
+def main() -> None:
+    rows, folder = int(sys.argv[1]), Path(sys.argv[2])
+    from rlhf.config import PipelineConfig
+    from rlhf.context import Context
+    from rlhf.prepare import run
+    from rlhf.tracker import NullTracker
+
+    generate(folder / "large.csv", rows)
+    config = PipelineConfig.model_validate({
+        **dict.fromkeys(("sft", "judge", "reward", "ppo", "evaluate"), "off"),
+        "data": {"demonstrations": str(folder / "large.csv")},
+        "model": {"path": str(folder / "model")},
+    })  # fmt: skip
+    (folder / "out").mkdir()
+    start = time.process_time()
+    finals = run(Context("prepare", config, {}, folder / "out", folder / "work", NullTracker()))
+    seconds = time.process_time() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    kept = sum(finals[f"prepare/demonstrations_{split}"] for split in ("train", "validation", "test"))
+    size = (folder / "large.csv").stat().st_size
+    print(json.dumps({"rows": kept, "bytes": size, "cpu_seconds": seconds, "peak_bytes": peak}))
+
+
+if __name__ == "__main__":
+    main()
