@@ -10,33 +10,22 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, create_model, model_validator
+from pydantic import Field, create_model, model_validator
 
 from rlhf.ppo import settings as ppo_settings
-
-NUMBERS_SAME: dict[str, JsonValue] = {"in_cache_key": False}
-BY_CONTENT: dict[str, JsonValue] = {"in_cache_key": False}  # a path: what lies there is hashed into the key instead
-
-
-def _as_tuple(value: Any) -> Any:
-    """One path may be written without a list."""
-    if value is None:
-        return ()
-    return (value,) if isinstance(value, str) else value
-
-
-Files = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
-
-
-class Section(BaseModel):
-    """Base of every section: immutable, no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+from rlhf.schema import (
+    BY_CONTENT,
+    NUMBERS_SAME,
+    Count,
+    Files,
+    Fraction,
+    NotNegative,
+    Positive,
+    Rewards,
+    RewardSpec,
+    Scorers,
+)
+from rlhf.schema import Section as Section
 
 
 class OptionalStage(Section):
@@ -206,9 +195,10 @@ class Reward(Supervised):
 class _PpoSection(OptionalStage):
     """Proximal policy optimisation of the policy against the reward, held near the SFT policy by a KL penalty."""
 
-    rewards: dict[str, Finite] = Field(
-        {"model": 1.0},
-        description="Weight of each reward: `model` (the trained one), `module:function` or `file.py:function`.",
+    rewards: Rewards = Field(
+        {"model": RewardSpec(function="model")},
+        description="Each reward's weight, or {weight, function, arguments}. Its name is its function: `model` (the "
+        "trained one), a built-in, `module:function` or `file.py:function`.",
     )
 
     @model_validator(mode="after")
@@ -217,10 +207,12 @@ class _PpoSection(OptionalStage):
             raise ValueError(problem)
         if self.enabled and not self.rewards:
             raise ValueError("rewards is empty; name at least one, e.g. {model: 1.0}")
-        for name in self.rewards:
-            if name != "model" and ":" not in name:
-                raise ValueError(f"rewards: {name!r} is neither `model` nor of the form `module:function`")
         return self
+
+    @property
+    def uses_model(self) -> bool:
+        """Whether the trained reward model is one of the rewards."""
+        return any(reward.function == "model" for reward in self.rewards.values())
 
 
 def _options(settings: type) -> dict[str, Any]:
@@ -251,8 +243,9 @@ class Evaluate(OptionalStage):
     prompts: Count = Field(256, description="Held-out prompts to evaluate on (the first ones by hash).")
     temperature: NotNegative = Field(0.0, description="Sampling temperature; 0 is greedy.")
     max_new_tokens: Count = Field(53, description="Longest response, in tokens.")
-    scorers: dict[str, str] = Field(
-        {}, description="Further scores by name: `module:function` with the signature of a reward; never trained on."
+    scorers: Scorers = Field(
+        {},
+        description="Further scores by name, never trained on: a function as in ppo.rewards, or {function, arguments}.",
     )
     bootstrap: Count = Field(1000, description="Bootstrap resamples of each confidence interval.")
     confidence: Annotated[float, Field(gt=0, lt=1)] = Field(0.95, description="Level of the intervals.")
@@ -305,7 +298,7 @@ class PipelineConfig(Section):
             raise ValueError("sft needs data.demonstrations, which names no file; or leave it out with `sft: off`")
         if not (self.data.demonstrations or self.data.prompts or self.data.preferences):
             raise ValueError("data names no file; set data.demonstrations, data.prompts or data.preferences")
-        if self.ppo.enabled and "model" in self.ppo.rewards and not self.reward.enabled:
+        if self.ppo.enabled and self.ppo.uses_model and not self.reward.enabled:
             raise ValueError(
                 "ppo.rewards names `model`, but the reward stage is off; turn it on or name a Python function"
             )

@@ -24,7 +24,8 @@ WITHOUT_NUMBERS = frozenset(
     f"rlhf.{name}" if name else "rlhf"
     for name in (
         "", "artifacts", "checkpoints", "config", "context", "errors", "explain", "fingerprint", "hashing", "hub",
-        "locations", "locks", "plan", "ppo", "ppo.settings", "runs", "settings", "stages", "tracker",
+        "locations", "locks", "plan", "ppo", "ppo.settings", "runs", "schema", "settings", "stages",
+        "tracker",
     )
 )  # fmt: skip
 
