@@ -8,7 +8,6 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -78,10 +77,10 @@ def _check_arguments(function: RewardFunction, name: str, arguments: Mapping[str
     takes = list(parameters)[2:]
     for argument in arguments:
         if argument not in takes:
-            close = get_close_matches(argument, takes, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
+            takes_none = "none beside the texts"
             raise ConfigError(
-                f"{name!r} takes no argument {argument!r}{hint}; it takes {', '.join(takes) or 'none beside the texts'}"
+                f"{name!r} takes no argument {argument!r}; it takes {', '.join(takes) or takes_none}"
+                f"{registry.did_you_mean(argument, takes)}"
             )
 
 

@@ -8,7 +8,7 @@ key, and neither a plan nor the PPO engine loads what a built-in needs.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
@@ -57,8 +57,8 @@ class Builtin:
         for given in arguments:
             if given not in takes:
                 raise ConfigError(
-                    f"arguments.{given}: {name} takes no such argument{_did_you_mean(given, takes)}; "
-                    f"it takes {', '.join(takes) or 'none'}"
+                    f"arguments.{given}: {name} takes no such argument; it takes {', '.join(takes) or 'none'}"
+                    f"{did_you_mean(given, takes)}"
                 )
         for wanted, default in takes.items():
             if default is inspect.Parameter.empty and wanted not in arguments:
@@ -101,8 +101,8 @@ def find(name: str) -> Builtin:
     known = builtins()
     if name not in known:
         raise ConfigError(
-            f"function {name!r} is no built-in reward ({', '.join(sorted(known))}){_did_you_mean(name, known)}; "
-            "a function of your own is `module:function` or `path/file.py:function`"
+            f"function {name!r} is no built-in reward ({', '.join(sorted(known))}), and a function of your own is "
+            f"`module:function` or `path/file.py:function`{did_you_mean(name, known)}"
         )
     return known[name]
 
@@ -112,6 +112,7 @@ def is_builtin(name: str) -> bool:
     return name != MODEL and ":" not in name
 
 
-def _did_you_mean(word: str, words: Mapping[str, Any]) -> str:
-    close = get_close_matches(word.lower(), words, n=1)
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"``, or nothing; without what ``rlhf.explain`` imports."""
+    close = get_close_matches(word.lower(), list(words), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
