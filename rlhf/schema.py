@@ -112,8 +112,11 @@ def _check_builtin(name: str, arguments: Mapping[str, JsonValue]) -> None:
         builtin.check(**arguments)
 
 
-def _named(kind: type[FunctionSpec]) -> BeforeValidator:
-    """Writes the entries of a mapping out; what is no entry at all is left for the schema to refuse."""
+def _named(kind: type[FunctionSpec], accepted: Any) -> BeforeValidator:
+    """Writes the entries of a mapping out; what is no entry at all is left for the schema to refuse.
+
+    ``accepted`` is the type that the JSON schema shows for what may be written.
+    """
 
     def write_out(value: Any) -> Any:
         if not isinstance(value, Mapping):
@@ -125,8 +128,8 @@ def _named(kind: type[FunctionSpec]) -> BeforeValidator:
             entries[name] = {"function": name, **whole} if isinstance(whole, Mapping) else whole
         return entries
 
-    return BeforeValidator(write_out)
+    return BeforeValidator(write_out, json_schema_input_type=accepted)
 
 
-Rewards = Annotated[dict[str, RewardSpec], _named(RewardSpec)]
-Scorers = Annotated[dict[str, ScorerSpec], _named(ScorerSpec)]
+Rewards = Annotated[dict[str, RewardSpec], _named(RewardSpec, dict[str, float | RewardSpec])]
+Scorers = Annotated[dict[str, ScorerSpec], _named(ScorerSpec, dict[str, str | ScorerSpec])]

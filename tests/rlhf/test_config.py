@@ -54,6 +54,13 @@ def test_json_round_trip() -> None:
     assert hash(config.data) == hash(PipelineConfig.model_validate_json(config.model_dump_json()).data)
 
 
+def test_the_json_schema_takes_plain_entries() -> None:
+    shown = PipelineConfig.model_json_schema()["$defs"]
+    for section, field, plain in (("Ppo", "rewards", "number"), ("Evaluate", "scorers", "string")):
+        entry = shown[section]["properties"][field]["additionalProperties"]["anyOf"]
+        assert plain in [kind.get("type") for kind in entry]
+
+
 @pytest.mark.parametrize(
     "section", ["data", "model", "sft", "judge", "reward", "ppo", "evaluate", "resources", "tracking"]
 )
