@@ -14,17 +14,19 @@ from pydantic import Field, create_model, model_validator
 
 from rlhf.data.settings import KINDS, Data
 from rlhf.ppo import settings as ppo_settings
-from rlhf.sections import (
+from rlhf.schema import (
     BY_CONTENT,
     NUMBERS_SAME,
     Count,
-    Finite,
     Fraction,
     NotNegative,
     OptionalStage,
     Positive,
-    Section,
+    Rewards,
+    RewardSpec,
+    Scorers,
 )
+from rlhf.schema import Section as Section
 
 
 class Model(Section):
@@ -128,9 +130,10 @@ class Reward(Supervised):
 class _PpoSection(OptionalStage):
     """Proximal policy optimisation of the policy against the reward, held near the SFT policy by a KL penalty."""
 
-    rewards: dict[str, Finite] = Field(
-        {"model": 1.0},
-        description="Weight of each reward: `model` (the trained one), `module:function` or `file.py:function`.",
+    rewards: Rewards = Field(
+        {"model": RewardSpec(function="model")},
+        description="Each reward's weight, or {weight, function, arguments}. Its name is its function: `model` (the "
+        "trained one), a built-in, `module:function` or `file.py:function`.",
     )
 
     @model_validator(mode="after")
@@ -139,10 +142,12 @@ class _PpoSection(OptionalStage):
             raise ValueError(problem)
         if self.enabled and not self.rewards:
             raise ValueError("rewards is empty; name at least one, e.g. {model: 1.0}")
-        for name in self.rewards:
-            if name != "model" and ":" not in name:
-                raise ValueError(f"rewards: {name!r} is neither `model` nor of the form `module:function`")
         return self
+
+    @property
+    def uses_model(self) -> bool:
+        """Whether the trained reward model is one of the rewards."""
+        return any(reward.function == "model" for reward in self.rewards.values())
 
 
 def _options(settings: type) -> dict[str, Any]:
@@ -173,8 +178,9 @@ class Evaluate(OptionalStage):
     prompts: Count = Field(256, description="Held-out prompts to evaluate on (the first ones by hash).")
     temperature: NotNegative = Field(0.0, description="Sampling temperature; 0 is greedy.")
     max_new_tokens: Count = Field(53, description="Longest response, in tokens.")
-    scorers: dict[str, str] = Field(
-        {}, description="Further scores by name: `module:function` with the signature of a reward; never trained on."
+    scorers: Scorers = Field(
+        {},
+        description="Further scores by name, never trained on: a function as in ppo.rewards, or {function, arguments}.",
     )
     bootstrap: Count = Field(1000, description="Bootstrap resamples of each confidence interval.")
     confidence: Annotated[float, Field(gt=0, lt=1)] = Field(0.95, description="Level of the intervals.")
@@ -229,7 +235,7 @@ class PipelineConfig(Section):
             raise ValueError("data names no file; set data.demonstrations, data.prompts or data.preferences")
         if self.sft.enabled and not data.has("demonstrations"):
             raise ValueError(f"sft needs data.demonstrations, {needs}; or leave it out with `sft: off`")
-        if self.ppo.enabled and "model" in self.ppo.rewards and not self.reward.enabled:
+        if self.ppo.enabled and self.ppo.uses_model and not self.reward.enabled:
             raise ValueError(
                 "ppo.rewards names `model`, but the reward stage is off; turn it on or name a Python function"
             )

@@ -58,7 +58,7 @@ def run(context: Context) -> dict[str, float]:
         is off); the headline ones with ``_low`` and ``_high``. Figures that are undefined are left out.
 
     Raises:
-        ConfigError: a scorer has the name of a built-in metric.
+        ConfigError: a scorer has the name of a built-in metric, or cannot be loaded.
         DataError: there is no held-out prompt, or one leaves no room for a response.
         ModelError: a policy or the reward model cannot be loaded.
         RewardError: a scorer failed.
@@ -189,8 +189,8 @@ def _scorers(context: Context) -> dict[str, rewards.Scorer]:
         model = models.load_reward_model(path, trust_remote_code=trusted).eval()
         model.to(training.device_of(context.config.resources))
         found["reward"] = rewards.RewardModel(model, models.load_tokenizer(path, trust_remote_code=trusted))
-    for name, function in context.config.evaluate.scorers.items():
-        found[name] = rewards.FunctionScorer(rewards.load_function(function), function)
+    for name, spec in context.config.evaluate.scorers.items():
+        found[name] = rewards.make_scorer(spec.function, spec.arguments)
     return found
 
 

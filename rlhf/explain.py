@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from rlhf.config import PipelineConfig
-from rlhf.sections import Section
+from rlhf.schema import FunctionSpec, Section
 
 Marks = dict[tuple[str, ...], str]
 """The place ("file:line" or "--set key") of each key of a configuration, by its path."""
@@ -63,15 +63,16 @@ def _line(entry: Mapping[str, Any], location: tuple[str, ...], marks: Marks, nam
         message = str(entry["ctx"]["error"])
         about_field = message.partition(" ")[0].strip(":").split(".")  # checks begin with the field
         place = _place((*location, *about_field), marks, name)
-        return f"{place}: {key}{': ' if key else ''}{message}"
-    place = _place(location, marks, name)
-    where = place if place == f"--set {key}" else f"{place}: {key}"
+        return f"{_where(place, key)}{': ' if key else ''}{message}"
+    where = _where(_place(location, marks, name), key)
     if kind == "extra_forbidden":
         return f"{where}: unknown key{_known(location)}"
     info = _field(location)
     allowed = _ALLOWED.get(kind) or _ALLOWED.get(kind.split("_")[0]) or entry["msg"]
     if kind == "model_type":
-        allowed = f"must be a section with the keys {', '.join(_section(location).model_fields)}"
+        section = _section(location)
+        plain = f"a plain {section.PLAIN} or " if issubclass(section, FunctionSpec) else ""
+        allowed = f"must be {plain}a section with the keys {', '.join(section.model_fields)}"
     hint = did_you_mean(str(value), _words(info)) if kind == "literal_error" else ""
     about = f" ({info.description.rstrip('.')})" if info is not None and info.description else ""
     given = "" if kind == "missing" else f"is {show(value)}; "
@@ -85,27 +86,36 @@ def _place(location: tuple[str, ...], marks: Marks, name: str) -> str:
     return name
 
 
-def _section(location: tuple[str, ...]) -> type[Section]:
-    """The deepest section on the way to a key."""
+def _where(place: str, key: str) -> str:
+    """Place and key; an override's place is its key already."""
+    return place if place == f"--set {key}" else f"{place}: {key}"
+
+
+def _walk(location: tuple[str, ...]) -> Iterator[tuple[type[Section], Any]]:
+    """The section at each step of the way to a key, and the field that led there (None for an entry of a mapping)."""
     model: type[Section] = PipelineConfig
-    for part in location:
+    parts = iter(location)
+    for part in parts:
         info = model.model_fields.get(part)
-        if info is None or not isinstance(info.annotation, type) or not issubclass(info.annotation, Section):
-            break
-        model = info.annotation
-    return model
+        if info is None:
+            return
+        kinds = [kind for kind in (info.annotation, *get_args(info.annotation)) if isinstance(kind, type)]
+        inner = next((kind for kind in kinds if issubclass(kind, Section)), None)
+        if inner is None or (inner is not info.annotation and next(parts, None) is None):
+            yield model, info
+            return
+        model = inner
+        yield model, info
+
+
+def _section(location: tuple[str, ...]) -> type[Section]:
+    """The deepest section on the way to a key; an entry of a mapping of sections is one."""
+    return ([PipelineConfig] + [section for section, _ in _walk(location)])[-1]
 
 
 def _field(location: tuple[str, ...]) -> Any:
     """The field at a key, or around it where the key is an item of a list or dictionary."""
-    model: type[Section] = PipelineConfig
-    info = None
-    for part in location:
-        if part not in model.model_fields:
-            break
-        info = model.model_fields[part]
-        model = _section(location[: location.index(part) + 1])
-    return info
+    return ([None] + [info for _, info in _walk(location)])[-1]
 
 
 def _words(info: Any) -> list[str]:

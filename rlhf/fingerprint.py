@@ -25,7 +25,7 @@ WITHOUT_NUMBERS = frozenset(
     for name in (
         "", "artifacts", "checkpoints", "config", "context", "data", "data.problems", "data.settings", "errors",
         "explain", "fingerprint", "hashing", "hub", "locations", "locks", "plan", "ppo", "ppo.settings", "runs",
-        "sections", "settings", "stages", "tracker",
+        "schema", "settings", "stages", "tracker",
     )
 )  # fmt: skip
 

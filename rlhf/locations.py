@@ -46,6 +46,19 @@ def matching_files(name: str, where: str) -> list[Path]:
     raise DataError(f"{where}: there is no file {path.resolve()}{_hint(path)}")
 
 
+def named_by_argument(value: str, folder: Path) -> Path | None:
+    """The file or folder that a function's argument names, or None if it is just a text.
+
+    A relative path starts at ``folder``. A folder counts only where a slash shows that one is meant: a label may have
+    the name of a folder by chance.
+    """
+    path = folder / Path(value).expanduser() if value and len(value) < 1000 and "\n" not in value else None
+    try:
+        return path if path and (path.is_file() or ("/" in value and path.is_dir())) else None
+    except (OSError, ValueError):  # too long for a name, or with a null byte
+        return None
+
+
 def _hint(path: Path) -> str:
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     close = get_close_matches(path.name, names, n=1)

@@ -16,16 +16,21 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import JsonValue
+
 from rlhf.artifacts import FileHashes, Manifest, Store
 from rlhf.config import PipelineConfig
 from rlhf.data.settings import KINDS
 from rlhf.data.sources import Source, sources
 from rlhf.errors import ArtifactError, ConfigError, NotCachedError
 from rlhf.fingerprint import PACKAGE, ROOT, code_fingerprint, function_file, import_closure
-from rlhf.sections import Section
+from rlhf.locations import named_by_argument
+from rlhf.rewards.registry import find, is_builtin
+from rlhf.schema import FunctionSpec, Section
 from rlhf.stages import STAGES, StageName, enabled_stages, reads_base, stage_inputs
 
 NEVER_RUN = "never run"
+FUNCTIONS = {"ppo": "rewards", "evaluate": "scorers"}  # the setting of a stage that names functions
 KEY_LENGTH = 32  # hexadecimal digits: 128 bits
 
 
@@ -155,13 +160,15 @@ class Planner:
                     table[f"input {source}/{part}"] = outputs[source].parts[part]
         for path in import_closure(spec.module).values():
             table[f"code {_shown(path)}"] = code_fingerprint(path)
-        for reference in self._functions(stage):
-            path = function_file(reference)
-            files = import_closure(reference.partition(":")[0]) if reference.startswith(f"{PACKAGE}.") else {"": path}
-            for file in files.values():
-                table[f"function {reference}: {file.name}"] = code_fingerprint(file)
+        for name, called in self._functions(stage).items():
+            table.update(_code_of(called.function))
+            for argument, value in called.arguments.items():
+                table.update(self._argument(called.function, f"{name}.arguments.{argument}", value))
         if stage == "prepare":
             table.update(self._data_files())
+            for made in self.config.data.computed.values():
+                table.update(_code_of(made.function) if ":" in made.function else {})
+                table.update({f"library {name}": _version(name) for name in made.libraries})
         if self.config.model.path and reads_base(stage, self.config):
             table["model.path"] = self._model("model.path", self.config.model.path, self.config.model.revision)
         if stage == "reward" and self.config.reward.path:
@@ -174,13 +181,28 @@ class Planner:
         last = self.store.latest(stage, self.config.name)
         return [NEVER_RUN] if last is None else differences(last.ingredients, ingredients)
 
-    def _functions(self, stage: str) -> list[str]:
-        """The user's own functions that a stage calls."""
-        if stage == "prepare":
-            return sorted({made.function for made in self.config.data.computed.values() if ":" in made.function})
-        if stage == "ppo":
-            return sorted(name for name in self.config.ppo.rewards if name != "model")
-        return sorted(set(self.config.evaluate.scorers.values())) if stage == "evaluate" else []
+    def _functions(self, stage: str) -> dict[str, FunctionSpec]:
+        """The functions that a stage calls, by the setting that names them; not the trained reward model."""
+        if stage not in FUNCTIONS:
+            return {}
+        setting = f"{stage}.{FUNCTIONS[stage]}"
+        entries: Mapping[str, FunctionSpec] = _setting(self.config, setting)
+        return {f"config.{setting}.{name}": spec for name, spec in entries.items() if spec.function != "model"}
+
+    def _argument(self, function: str, name: str, value: JsonValue) -> dict[str, JsonValue]:
+        """What takes the place of an argument in the table: a file or folder counts by content, a hub model by commit.
+
+        Raises:
+            ModelError: a built-in's model is nowhere.
+        """
+        if is_builtin(function) and name.endswith(".model") and isinstance(value, str):
+            return {name: self._model(name.removeprefix("config."), value, None)}
+        items = value if isinstance(value, list) else [value]
+        found = [named_by_argument(item, Path.cwd()) if isinstance(item, str) else None for item in items]
+        if not any(found):
+            return {}
+        content = [self._hashes.of(path) if path else item for path, item in zip(found, items, strict=True)]
+        return {name: content if isinstance(value, list) else content[0]}
 
     def _data_files(self) -> dict[str, str]:
         """Digest of every data file by the field that names it: its folder may change, its content may not."""
@@ -257,8 +279,25 @@ def _flatten(name: str, value: Any) -> dict[str, Any]:
             table.update(_flatten(f"{name}.{key}", getattr(value, key)))
         return table
     if isinstance(value, Mapping):
-        return {f"{name}.{key}": item for key, item in sorted(value.items())} or {name: {}}
+        parts = [_flatten(f"{name}.{key}", item) for key, item in sorted(value.items())]
+        return {key: item for part in parts for key, item in part.items()} or {name: {}}
     return {name: list(value) if isinstance(value, Collection) and not isinstance(value, str) else value}
+
+
+def _code_of(function: str) -> dict[str, str]:
+    """Ingredients of a built-in, or of a function named by module or file: its code, and a built-in's libraries.
+
+    Raises:
+        ConfigError: there is no such file or module.
+    """
+    builtin = find(function) if is_builtin(function) else None
+    reference = builtin.reference if builtin else function
+    path = function_file(reference)
+    files = {path.name: path}
+    if reference.startswith(f"{PACKAGE}."):
+        files = {_shown(file): file for file in import_closure(reference.partition(":")[0]).values()}
+    table = {f"function {function}: {name}": code_fingerprint(file) for name, file in files.items()}
+    return table | {f"library {name}": _version(name) for name in (builtin.libraries if builtin else ())}
 
 
 def _shown(path: Path) -> str:

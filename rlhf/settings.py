@@ -3,7 +3,7 @@
 Layers are laid over each other in this order: the preset that a file starts from (``preset: demo``), the
 file, the size of either, the overrides. Sections are merged key by key; anything else (a number, a list, the
 dictionary ``ppo.rewards``) replaces what was there as a whole. An override may also set one entry of a
-dictionary: ``ppo.rewards.model=0.5``.
+dictionary, ``ppo.rewards.model=0.5``, or a part of one: ``ppo.rewards.keywords.arguments.words=[yes, no]``.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from rlhf.config import PipelineConfig
 from rlhf.data.settings import KINDS
 from rlhf.errors import ConfigError
 from rlhf.explain import Marks, did_you_mean, explain, show
-from rlhf.locations import DEMO_PREFIX, HUB_PREFIX
-from rlhf.sections import OptionalStage, Section
+from rlhf.locations import DEMO_PREFIX, HUB_PREFIX, named_by_argument
+from rlhf.schema import FunctionSpec, OptionalStage, Section, written
 from rlhf.yaml12 import read_mapping, write_value
 
 ABOUT = ("description", "needs", "sizes", "preset")  # keys of a file that are not part of the schema
 PATH_LISTS = tuple(("data", kind) for kind in KINDS)
 MODEL_PATHS = (("model", "path"), ("reward", "path"))
+FUNCTIONS = (("data", "computed"), ("ppo", "rewards"), ("evaluate", "scorers"))
 
 
 class Preset(NamedTuple):
@@ -67,8 +68,9 @@ def load(source: str | Path = "demo", *, size: str | None = None, overrides: Seq
     """The configuration of a run.
 
     Relative paths in a YAML file start at the file's folder; in a preset or an override, at the current
-    folder. ``model.path`` and ``reward.path`` are paths if they begin with ``.``, ``~`` or ``/``, or if there
-    is such a file or folder; else they are hub ids. ``demo:x`` stays as it is.
+    folder. ``model.path``, ``reward.path`` and a function's argument ``model`` are paths if they begin with ``.``,
+    ``~`` or ``/``, or if there is such a file or folder; else they are hub ids. Another argument is a path if it names
+    a file, or has a slash and names a folder. ``demo:x`` stays as it is.
 
     Args:
         source: name of a preset, or a YAML file (a ``Path``, or text that has ``/`` or ends in ``.yaml``).
@@ -121,7 +123,7 @@ def _lines(section: Section, indent: str) -> Iterator[str]:
             yield from _lines(value, f"{indent}  ")
         else:
             yield f"{indent}# {type(section).model_fields[key].description}"
-            yield f"{indent}{key}: {write_value(value)}"
+            yield f"{indent}{key}: {write_value(written(value))}"
 
 
 def _first_paragraph(text: str | None) -> str:
@@ -204,20 +206,19 @@ def _clean(layer: Layer, folder: Path) -> Layer:
         settings = values.get(section_name)
         if isinstance(settings, dict) and settings.get(key):
             settings[key] = _absolute(settings[key], folder, maybe_hub=(section_name, key) in MODEL_PATHS)
-    data = values.get("data")
-    if isinstance(data, dict) and isinstance(data.get("computed"), dict):
-        data["computed"] = {
-            name: spec | {"function": _function(spec["function"], folder)}
-            if isinstance(spec, dict) and "function" in spec
-            else spec
-            for name, spec in data["computed"].items()
-        }
-    rewards, scorers = (values.get(name) for name in ("ppo", "evaluate"))
-    if isinstance(rewards, dict) and isinstance(rewards.get("rewards"), dict):
-        rewards["rewards"] = {_function(name, folder): weight for name, weight in rewards["rewards"].items()}
-    if isinstance(scorers, dict) and isinstance(scorers.get("scorers"), dict):
-        scorers["scorers"] = {name: _function(value, folder) for name, value in scorers["scorers"].items()}
-    return Layer(values, layer.marks)
+    marks = dict(layer.marks)
+    for section_name, key in FUNCTIONS:
+        settings = values.get(section_name)
+        if isinstance(settings, dict) and isinstance(settings.get(key), dict):
+            old, settings[key] = settings[key], {}
+            for name, entry in old.items():
+                settings[key][_function(name, folder)] = _entry(entry, folder)
+                marks |= {
+                    (section_name, key, _function(name, folder), *path[3:]): mark
+                    for path, mark in layer.marks.items()
+                    if path[:3] == (section_name, key, name)
+                }
+    return Layer(values, marks)
 
 
 def _absolute(value: Any, folder: Path, *, maybe_hub: bool) -> Any:
@@ -231,6 +232,28 @@ def _absolute(value: Any, folder: Path, *, maybe_hub: bool) -> Any:
     if glob.has_magic(value) and not path.exists() and not Path(value).is_absolute():
         return str(Path(glob.escape(str(folder))) / value)  # the folder's own name may have brackets in it
     return str(path)
+
+
+def _entry(entry: Any, folder: Path) -> Any:
+    """An entry of the rewards or scorers with absolute paths."""
+    if not isinstance(entry, dict):
+        return _function(entry, folder)
+    made = dict(entry)
+    if "function" in made:
+        made["function"] = _function(made["function"], folder)
+    if isinstance(made.get("arguments"), dict):
+        made["arguments"] = {
+            name: _absolute(value, folder, maybe_hub=True) if name == "model" else _argument(value, folder)
+            for name, value in made["arguments"].items()
+        }
+    return made
+
+
+def _argument(value: Any, folder: Path) -> Any:
+    """A function's argument, or a list of texts as one, with absolute paths."""
+    if isinstance(value, list):
+        return [_argument(item, folder) for item in value]
+    return str(named_by_argument(value, folder) or value) if isinstance(value, str) else value
 
 
 def _function(reference: Any, folder: Path) -> Any:
@@ -277,16 +300,22 @@ def _override(text: str, values: dict[str, Any]) -> Layer:
         model = section
     info = model.model_fields.get(parts[0])
     kind: Any = info.annotation if info else None
+    nested: Any
     full = (*path, *parts)
     marks = {full[:length]: place for length in range(len(path) + 1, len(full) + 1)}
-    if info and get_origin(kind) is dict and len(parts) > 1:  # the rest is one key, with its dots
-        entry, full = ".".join(parts[1:]), (*path, parts[0])
-        marks[*full, entry] = place
+    if info and get_origin(kind) is dict and len(parts) > 1:
+        spec: type[FunctionSpec] = get_args(kind)[1]
+        entry, inner = _split_entry(parts[1:], spec)
+        full = (*path, parts[0])
+        marks |= {(*full, entry, *inner[:length]): place for length in range(len(inner) + 1)}
         present: Any = values
         for part in full:
             present = present.get(part) if isinstance(present, dict) else None
-        nested: Any = dict(present if isinstance(present, dict) else info.default)
-        nested[entry] = _value(raw, get_args(kind)[1], place)
+        nested = dict(present if isinstance(present, dict) else written(info.default))
+        if inner:
+            nested[entry] = _with_part(nested.get(entry), spec, inner, raw, place)
+        else:
+            nested[entry] = _value(raw, spec, place)
         if nested[entry] is None:  # `ppo.rewards.model=` takes the entry out
             del nested[entry]
     else:
@@ -294,6 +323,34 @@ def _override(text: str, values: dict[str, Any]) -> Layer:
     for part in reversed(full):
         nested = {part: nested}
     return _clean(Layer(nested, marks), Path.cwd())
+
+
+def _split_entry(parts: list[str], spec: type[Section]) -> tuple[str, list[str]]:
+    """The name of an entry, which may have dots, and the way to what is set in it: ``weight``, ``arguments.words``.
+
+    A name ends at the first part that is a field, but not before the colon of a ``package.module:function``.
+    """
+    first = max((index for index, part in enumerate(parts) if ":" in part), default=0) + 1
+    end = next((index for index in range(first, len(parts)) if parts[index] in spec.model_fields), len(parts))
+    inner = parts[end:]
+    return ".".join(parts[:end]), [inner[0], ".".join(inner[1:])] if len(inner) > 1 else inner
+
+
+def _with_part(present: Any, spec: type[FunctionSpec], inner: list[str], raw: str, place: str) -> dict[str, Any]:
+    """An entry with one field, or one argument, set anew; no value takes it out."""
+    entry = dict(present) if isinstance(present, dict) else {} if present is None else {spec.PLAIN: present}
+    field, *argument = inner
+    holder, key = entry, field
+    if argument:
+        arguments = entry.get(field)
+        holder = entry[field] = dict(arguments) if isinstance(arguments, dict) else {}
+        key = argument[0]
+    value = _value(raw, None if argument else spec.model_fields[field].annotation, place)
+    if value is None:
+        holder.pop(key, None)
+    else:
+        holder[key] = value
+    return entry
 
 
 def _value(raw: str, kind: Any, place: str) -> Any:

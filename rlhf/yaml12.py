@@ -14,7 +14,7 @@ import yaml
 from rlhf.errors import ConfigError
 from rlhf.explain import Marks, show
 
-DEEPEST = 8  # levels of nesting, of which the schema has three: bounds what aliases of aliases unfold to
+DEEPEST = 8  # levels of nesting, of which the schema has five: bounds what aliases of aliases unfold to
 
 # Pattern and first letters of each type of the core schema, https://yaml.org/spec/1.2.2/#103-core-schema
 _RESOLVERS = {

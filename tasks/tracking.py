@@ -6,6 +6,7 @@ from typing import Any
 
 from rlhf.artifacts import JOURNAL, Manifest
 from rlhf.config import PipelineConfig
+from rlhf.schema import written
 from rlhf.settings import dump
 from tasks.journal import PARENT
 from tasks.run import Run
@@ -84,4 +85,4 @@ def _value(config: PipelineConfig, name: str) -> Any:
     value: Any = config
     for part in name.split("."):
         value = getattr(value, part)
-    return value
+    return written(value)

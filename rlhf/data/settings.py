@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
-from rlhf.sections import BY_CONTENT, Count, Files, Fraction, Section
+from rlhf.schema import BY_CONTENT, Count, Files, Fraction, Section
 
 KINDS = ("demonstrations", "prompts", "preferences", "ratings", "labelled")
 Kind = Literal["demonstrations", "prompts", "preferences", "ratings", "labelled"]
@@ -71,6 +71,11 @@ class Computed(Section):
             if given != wanted:
                 raise ValueError(f"{name} {'must be given for' if wanted else 'is not for'} function {self.function!r}")
         return self
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """The libraries that shape what a built-in function gives."""
+        return ("spacy",) if self.function == "word_count" else ()
 
 
 class Data(Section):

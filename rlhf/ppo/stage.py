@@ -163,7 +163,7 @@ def _value_model(context: Context, policy: Policy) -> ValueModel:
 
 
 def _reward_model(context: Context, device: torch.device) -> rewards.RewardModel | None:
-    if "model" not in context.config.ppo.rewards:
+    if not context.config.ppo.uses_model:
         return None
     path, trusted = context.input("reward/model"), context.config.model.trust_remote_code
     model = models.load_reward_model(path, trust_remote_code=trusted).to(device).eval().requires_grad_(False)

@@ -11,7 +11,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 import torch
+from tokenizers import Tokenizer
+from transformers import BertConfig, PreTrainedTokenizerFast
 
 from rlhf import models
 from rlhf.config import PipelineConfig
@@ -133,3 +136,38 @@ def _inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def toy(_inputs: Path, tmp_path: Path) -> Toy:
     """A toy pipeline; end-of-sequence is its padding too."""
     return Toy(_inputs, tmp_path)
+
+
+class TinyBert:
+    """Makes folders with a small random BERT of a kind, and a tokenizer with [CLS] and [SEP] of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS, "one", "two", "three", "a", "bb", "ccc", "."]
+        tokenizer = Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        )
+        special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+        self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+        self.vocab_size = len(words)
+
+    def __call__(self, kind: Any, **options: Any) -> Path:
+        """A folder with a model of this class of transformers."""
+        torch.manual_seed(0)
+        shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        config = BertConfig(vocab_size=self.vocab_size, max_position_embeddings=32, pad_token_id=0, **shape, **options)
+        model = kind(config).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(5.0)
+        path = self._directory / f"bert{sum(1 for _ in self._directory.glob('bert*'))}"
+        models.save(model, self.tokenizer, path)
+        return path
+
+
+@pytest.fixture
+def tiny_bert(tmp_path: Path) -> TinyBert:
+    """A maker of tiny BERTs."""
+    return TinyBert(tmp_path)

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from rlhf import settings
 from rlhf.config import PipelineConfig
-from rlhf.sections import Section
+from rlhf.schema import Section
 
 GOOD: dict[str, Any] = {
     "data": {"demonstrations": "a.jsonl", "preferences": "b.jsonl"},
@@ -46,10 +46,20 @@ def test_every_field_has_a_description(section: type[Section]) -> None:
 
 def test_json_round_trip() -> None:
     config = PipelineConfig.model_validate(
-        merged(ppo={"rewards": {"model": 0.5, "a:b": 2}}, judge={"annotators": ["x"]})
+        merged(
+            ppo={"rewards": {"model": 0.5, "a:b": 2, "keywords": {"arguments": {"words": ["a"]}}}},
+            judge={"annotators": ["x"]},
+        )
     )
     assert PipelineConfig.model_validate_json(config.model_dump_json()) == config
     assert hash(config.model) == hash(PipelineConfig.model_validate_json(config.model_dump_json()).model)
+
+
+def test_the_json_schema_takes_plain_entries() -> None:
+    shown = PipelineConfig.model_json_schema()["$defs"]
+    for section, field, plain in (("Ppo", "rewards", "number"), ("Evaluate", "scorers", "string")):
+        entry = shown[section]["properties"][field]["additionalProperties"]["anyOf"]
+        assert plain in [kind.get("type") for kind in entry]
 
 
 @pytest.mark.parametrize(
@@ -95,7 +105,8 @@ def test_one_file_needs_no_list() -> None:
         ({"reward": {"batch_size": 4, "micro_batch_size": 8}}, "must divide batch_size"),
         ({"ppo": {"minibatches": 3}}, "must divide episodes"),
         ({"ppo": {"rewards": {}}}, "rewards is empty"),
-        ({"ppo": {"rewards": {"brevity": 1}}}, "neither `model` nor"),
+        ({"ppo": {"rewards": {"brief": 1}}}, "'brief' is no built-in reward"),
+        ({"ppo": {"rewards": {"quality": {"function": "model"}}}, "reward": False}, "the reward stage is off"),
         ({"name": "../up"}, "match pattern"),
         ({"seed": -1}, "greater than or equal"),
     ],

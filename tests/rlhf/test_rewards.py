@@ -21,6 +21,7 @@ from transformers import (
 from rlhf import rewards
 from rlhf.errors import ConfigError, RewardError
 from rlhf.random_weights import random_model
+from rlhf.schema import RewardSpec
 
 PROMPTS, RESPONSES = ["p one", "p two", "p three"], [" a", " bb", " ccc"]
 
@@ -124,6 +125,30 @@ def test_an_exception_names_function_and_row() -> None:
         call(together)
 
 
+def test_arguments_hide_columns_and_reach_every_row() -> None:
+    def scaled(prompts: Sequence[str], responses: Sequence[str], n: list[int], scale: Any, offset: float = 0.0) -> Any:
+        return [value * scale + offset for value in n]
+
+    scorer = rewards.FunctionScorer(scaled, "mine", {"scale": 2, "offset": 1})
+    assert scorer(PROMPTS, RESPONSES, {"n": [1, 2, 3], "scale": [7, 7, 7]}) == [3.0, 5.0, 7.0]
+    with pytest.raises(RewardError, match=r"'mine' raised TypeError: .*; on row 1"):
+        scorer(PROMPTS, RESPONSES, {"n": [1, None, 3]})
+
+
+def test_arguments_that_a_function_does_not_take(tmp_path: Path) -> None:
+    (tmp_path / "r.py").write_text(
+        "def f(prompts, responses, scale=1.0): ...\ndef g(prompts, responses, **more): ...\ndef h(p, r): ...\n"
+    )
+    assert rewards.make_scorer(f"{tmp_path}/r.py:f", {"scale": 2}).arguments == {"scale": 2}
+    assert rewards.make_scorer(f"{tmp_path}/r.py:g", {"any": 2}).arguments == {"any": 2}
+    with pytest.raises(ConfigError, match=r"r.py:f' takes no argument 'scal'; it takes scale; did you mean 'scale'\?"):
+        rewards.make_scorer(f"{tmp_path}/r.py:f", {"scal": 2})
+    with pytest.raises(ConfigError, match=r"takes no argument 'p'; it takes none beside the texts"):
+        rewards.make_scorer(f"{tmp_path}/r.py:h", {"p": 2})
+    with pytest.raises(ConfigError, match=r"arguments.scale: brevity takes no such argument; it takes none"):
+        rewards.make_scorer("brevity", {"scale": 2})
+
+
 # ---------------------------------------------------------------------------------------------------- reward model
 def make_tokenizer(pad: str) -> PreTrainedTokenizerFast:
     words = ["<e>", "<p>", "p", "one", "two", "three", "a", "bb", "ccc"]
@@ -195,3 +220,16 @@ def test_the_weighted_sum_and_its_parts(tmp_path: Path) -> None:
     assert set(rewards.make_rewards({"math:fsum": 1.0}, None).parts) == {"fsum"}
     with pytest.raises(ConfigError, match="there is no reward model"):
         rewards.make_rewards({"model": 1.0}, None)
+
+
+def test_rewards_are_named_by_their_entry() -> None:
+    model = rewards.RewardModel(make_reward_model("gpt2"), make_tokenizer("<p>"))
+    specs = {
+        "quality": RewardSpec(weight=2.0, function="model"),
+        "short": RewardSpec(weight=0.5, function="brevity"),
+        "keywords": RewardSpec(weight=-1.0, function="keywords", arguments={"words": ["a"]}),
+    }
+    scores, parts = rewards.make_rewards(specs, model)(PROMPTS, RESPONSES, {})
+    assert parts["short"].tolist() == [-1.0, -1.0, -1.0]
+    assert parts["keywords"].tolist() == [1.0, 0.0, 0.0]
+    torch.testing.assert_close(scores, 2 * parts["quality"] - 0.5 - parts["keywords"])

@@ -11,6 +11,7 @@ import pytest
 
 from rlhf import settings
 from rlhf.errors import ConfigError
+from rlhf.schema import written
 
 SMALL = "data: {demonstrations: a.jsonl, preferences: b.jsonl}\nmodel: {init: random}\n"
 
@@ -52,7 +53,7 @@ def test_layers_in_their_order(file: Path) -> None:
 
 def test_dictionaries_and_lists_are_replaced(file: Path) -> None:
     config = load(file, "preset: demo\nevaluate: {scorers: {short: 'm:f'}}\njudge: {annotators: [x]}\n")
-    assert config.evaluate.scorers == {"short": "m:f"}
+    assert written(config.evaluate.scorers) == {"short": "m:f"}
     assert config.judge.annotators == ("x",)
 
 
@@ -150,13 +151,82 @@ def test_override_values(file: Path) -> None:
 
 def test_override_of_an_entry_with_dots(file: Path) -> None:
     config = load(file, SMALL, "ppo.rewards.rlhf.rewards:brevity=0.5", "ppo.rewards.model=2")
-    assert config.ppo.rewards == {"model": 2.0, "rlhf.rewards:brevity": 0.5}
-    assert load(file, SMALL, "ppo.rewards.a:b=0.5").ppo.rewards == {"model": 1.0, "a:b": 0.5}
+    assert written(config.ppo.rewards) == {"model": 2.0, "rlhf.rewards:brevity": 0.5}
+    assert written(load(file, SMALL, "ppo.rewards.a:b=0.5").ppo.rewards) == {"model": 1.0, "a:b": 0.5}
     config = load(file, SMALL, "ppo.rewards.a.b:c=0.5", "ppo.rewards.model=", "reward=off", "judge=off")
-    assert config.ppo.rewards == {"a.b:c": 0.5}
+    assert written(config.ppo.rewards) == {"a.b:c": 0.5}
     config = load(file, SMALL, "evaluate.scorers.gold=rlhf.demo:gold_score")
-    assert config.evaluate.scorers == {"gold": "rlhf.demo:gold_score"}
+    assert written(config.evaluate.scorers) == {"gold": "rlhf.demo:gold_score"}
     assert "--set ppo.rewards.a:b: is 'x'" in error_of(file, SMALL, "ppo.rewards.a:b=x")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [
+        (["brevity=0.5"], {"model": 1.0, "brevity": 0.5}),
+        (
+            ["keywords.arguments.words=[yes, no]", "keywords.weight=2"],
+            {"model": 1.0, "keywords": {"arguments": {"words": ["yes", "no"]}, "weight": 2.0}},
+        ),
+        (["model.weight=0.5"], {"model": 0.5}),
+        (["model=3", "model.function=politeness"], {"model": {"function": "politeness", "weight": 3.0}}),
+        (["a.b:c.arguments.x.y=1", "a.b:c.arguments.z=2"], {"a.b:c": {"arguments": {"x.y": 1, "z": 2}, "weight": 1.0}}),
+        (["a.b:c.arguments={x: 1, z: 2}", "a.b:c.arguments.z="], {"a.b:c": {"arguments": {"x": 1}, "weight": 1.0}}),
+        (["my.function.mod:f=2", "brevity={weight: 3}"], {"my.function.mod:f": 2.0, "brevity": 3.0}),
+    ],
+)
+def test_override_of_a_part_of_a_reward(file: Path, overrides: list[str], found: dict[str, Any]) -> None:
+    config = load(file, SMALL, *(f"ppo.rewards.{text}" for text in overrides))
+    assert written(config.ppo.rewards) == {"model": 1.0} | found
+
+
+def test_override_of_a_scorers_arguments(file: Path) -> None:
+    text = SMALL + "evaluate: {scorers: {k: keywords}}\n"
+    config = load(file, text, "evaluate.scorers.k.arguments.words=[a]", "evaluate.scorers.brevity={}")
+    assert written(config.evaluate.scorers) == {
+        "k": {"function": "keywords", "arguments": {"words": ["a"]}},
+        "brevity": "brevity",
+    }
+
+
+@pytest.mark.parametrize(
+    ("rewards", "message"),
+    [
+        ("brevty: 1", "config.yaml:3: ppo.rewards.brevty: function 'brevty' is no built-in reward (brevity, exact_"),
+        (
+            "brevty: 1",
+            "), and a function of your own is `module:function` or `path/file.py:function`; did you mean 'brevity'?",
+        ),
+        ("x: {function: brevty}", "ppo.rewards.x: function 'brevty' is no built-in reward"),
+        (
+            "brevity: [1]",
+            "config.yaml:3: ppo.rewards.brevity: is [1]; must be a plain weight or a section with the keys",
+        ),
+        ("brevity: true", "ppo.rewards.brevity: is True; must be a plain weight"),
+        ("brevity: .inf", "ppo.rewards.brevity.weight: is inf; must be finite"),
+        ("brevity: {wieght: 1}", "config.yaml:3: ppo.rewards.brevity.wieght: unknown key; did you mean 'weight'?"),
+        ("brevity: {arguments: {a: 1}}", "arguments.a: brevity takes no such argument; it takes none"),
+        (
+            "keywords: {arguments: {word: [a]}}",
+            "arguments.word: keywords takes no such argument; it takes words, regex; did you mean 'words'?",
+        ),
+        ("keywords: 1", "ppo.rewards.keywords: arguments.words is missing; keywords needs it"),
+        ("keywords: {arguments: {words: a}}", "arguments.words is 'a'; it should be a valid list"),
+        ("keywords: {arguments: {words: []}}", "arguments.words is empty and there is no regex"),
+        ("keywords: {arguments: {words: [a], regex: '('}}", "arguments.regex is '('; it is no regular expression"),
+        (
+            "similarity: {arguments: {metric: rouge3}}",
+            "arguments.metric is 'rouge3'; it should be 'rouge1', 'rouge2' or",
+        ),
+        ("model: {arguments: {a: 1}}", "ppo.rewards.model: arguments: the trained reward model takes none"),
+    ],
+)
+def test_bad_rewards(file: Path, rewards: str, message: str) -> None:
+    assert message in error_of(file, SMALL + f"ppo: {{rewards: {{{rewards}}}}}\n")
+
+
+def test_the_reward_model_is_no_scorer(file: Path) -> None:
+    assert "scores every text anyway" in error_of(file, SMALL, "evaluate.scorers.x=model")
 
 
 def test_overrides_merge_sections(file: Path) -> None:
@@ -202,7 +272,7 @@ def test_paths_start_at_the_files_folder(tmp_path: Path, monkeypatch: pytest.Mon
     assert config.data.prompts == (f"{elsewhere}/c.jsonl",)
     assert (config.model.path, config.reward.path) == (f"{folder}/my-model", "org/name")
     assert set(config.ppo.rewards) == {f"{folder}/r.py:f", "pkg.mod:g", "model"}
-    assert config.evaluate.scorers == {"s": f"{folder}/sub/s.py:h", "t": "m:f"}
+    assert written(config.evaluate.scorers) == {"s": f"{folder}/sub/s.py:h", "t": "m:f"}
     monkeypatch.chdir(folder)
     assert settings.load("config.yaml", overrides=[f"data.prompts={elsewhere}/c.jsonl"]) == config
 
@@ -216,6 +286,37 @@ def test_model_paths_that_are_clearly_paths(file: Path, path: str) -> None:
 # --- writing
 
 
+def test_functions_in_entries_and_arguments_start_at_the_files_folder(tmp_path: Path) -> None:
+    for name in ("data/words.txt", "data/positive/x", "positive/x", "encoder/config.json"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    text = (
+        SMALL + "ppo:\n  rewards:\n    mine: {function: 'r.py:f', arguments: {files: [data/words.txt, gone.txt],\n"
+        "      folder: ./data/positive, label: positive, model: encoder, n: 1}}\n    r.py:f: 2\n"
+        "evaluate: {scorers: {s: {function: 'sub/s.py:h'}, t: {function: sentiment, arguments: {model: org/name,\n"
+        "  label: positive}}}}\n"
+    )
+    config = load(tmp_path / "config.yaml", text)
+    mine = config.ppo.rewards["mine"]
+    assert mine.function == f"{tmp_path}/r.py:f"
+    assert mine.arguments == {
+        "files": [f"{tmp_path}/data/words.txt", "gone.txt"],
+        "folder": f"{tmp_path}/data/positive",
+        "label": "positive",  # a folder has this name, too
+        "model": f"{tmp_path}/encoder",
+        "n": 1,
+    }
+    assert config.ppo.rewards[f"{tmp_path}/r.py:f"].weight == 2
+    assert config.evaluate.scorers["s"].function == f"{tmp_path}/sub/s.py:h"
+    assert config.evaluate.scorers["t"].arguments["model"] == "org/name"
+    assert load(tmp_path / "sub.yaml", settings.dump(config)) == config
+
+
+def test_an_error_in_a_file_function_has_its_line(file: Path) -> None:
+    text = SMALL + "ppo:\n  rewards:\n    model: 1\n    r.py:f: {wieght: 1}\n"
+    assert f"{file}:6: ppo.rewards." in error_of(file, text)
+
+
 def test_dump_reads_back(file: Path, tmp_path: Path) -> None:
     config = load(
         file,
@@ -227,6 +328,9 @@ def test_dump_reads_back(file: Path, tmp_path: Path) -> None:
         "tracking.experiment='on: off'",
         "name=n0",
         "evaluate.scorers.x=a:b",
+        "evaluate.scorers.k={function: keywords, arguments: {words: ['no', '1'], regex: '[a: b]'}}",
+        "ppo.rewards.polite={function: politeness, weight: -2}",
+        "ppo.rewards.exact_word_count={}",
     )
     for one in (config, settings.load("demo"), settings.load("demo", size="smoke")):
         text = settings.dump(one)
