@@ -188,8 +188,13 @@ class Judge(OptionalStage):
 
 
 class Reward(Supervised):
-    """Reward-model training on preference pairs with the Bradley-Terry loss."""
+    """Reward-model training on preference pairs and rankings, or on ratings."""
 
+    objective: Literal["pairwise", "regression"] = Field(
+        "pairwise",
+        description="`pairwise` learns which response of a pair is better (Bradley-Terry loss); `regression` predicts "
+        "ratings (squared error).",
+    )
     path: str | None = Field(
         None,
         description="Start from this model instead of the SFT policy: local directory or hub id.",
@@ -201,6 +206,15 @@ class Reward(Supervised):
     normalize_std: bool = Field(
         False, description="Also divide scores by the standard deviation over the SFT references (mean 0 always)."
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Reward:
+        if self.objective == "regression" and self.center:
+            raise ValueError(
+                f"center is {self.center}, but it is for pairs: a regression has the level of its ratings; "
+                "set center: 0 or objective: pairwise"
+            )
+        return self
 
 
 class _PpoSection(OptionalStage):
@@ -309,8 +323,11 @@ class PipelineConfig(Section):
             raise ValueError(
                 "ppo.rewards names `model`, but the reward stage is off; turn it on or name a Python function"
             )
-        if self.reward.enabled and not self.data.preferences:
-            raise ValueError("reward needs data.preferences, which names no file; or leave it out with `reward: off`")
+        if self.reward.enabled and self.reward.objective == "pairwise" and not self.data.preferences:
+            raise ValueError(
+                "reward needs data.preferences, which names no file; or leave it out with `reward: off`, "
+                "or learn from ratings with reward.objective: regression"
+            )
         if self.judge.enabled and not self.data.preferences:
             raise ValueError("judge needs data.preferences, which names no file; or leave it out with `judge: off`")
         if (self.ppo.enabled or self.evaluate.enabled) and not (self.data.demonstrations or self.data.prompts):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import ConfigError, RewardError
+from rlhf.scoring import score_token_ids, usable_length
 
 RewardFunction = Callable[..., Sequence[float]]
 
@@ -193,10 +194,8 @@ class RewardModel:
         return scores
 
     def _token_ids(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
-        eos = str(self.tokenizer.eos_token)
         texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        ids: list[list[int]] = self.tokenizer([t if t.endswith(eos) else t + eos for t in texts])["input_ids"]
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        ids, limit = score_token_ids(self.tokenizer, texts), usable_length(self.model)
         for row, tokens in enumerate(ids):
             if limit is not None and len(tokens) > limit:
                 raise RewardError(
