@@ -142,7 +142,10 @@ def _start(context: Context) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model = models.load_reward_model(path, **options)
     except ModelError:  # it has no trained head; what else is wrong with it, the next line says too
         model = models.reward_from_policy(path, **options)
-    return model, models.load_tokenizer(path, **options)
+    tokenizer = models.load_tokenizer(path, **options)
+    if getattr(model.config, "eos_token_id", None) is None:  # an encoder, whose [SEP] it is
+        model.config.eos_token_id = tokenizer.eos_token_id
+    return model, tokenizer
 
 
 @torch.no_grad()
