@@ -121,7 +121,7 @@ def reliability(path: Path, bins: Sequence[Mapping[str, float]]) -> None:
         ax.set_xlim(-0.02, 1.02)
         ax.set_ylim(-0.02, 1.02)
         ax.set_xlabel("probability that the model gives to one side of a pair")
-        ax.set_ylabel("share of pairs with this side chosen")
+        ax.set_ylabel("share with this side chosen")
         ax.legend(frameon=False, loc="upper left")
 
 

@@ -1,4 +1,4 @@
-"""Reward models of all architectures: each with its own tokenizer learns, is saved whole, and scores as it was trained."""
+"""Reward models of all architectures: each learns with its own tokenizer, is saved whole, and scores as in training."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def test_a_classifier_with_other_labels_lends_its_trunk(tmp_path: Path) -> None:
     assert torch.equal(model.pre_classifier.weight, sentiment.pre_classifier.weight)
 
 
-# -------------------------------------------------------------------------------------------------------- how they learn
+# ------------------------------------------------------------------------------------------------------ how they learn
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_learns_and_scores_as_it_was_trained(
     toy: Any, tmp_path: Path, architecture: str, capfd: pytest.CaptureFixture[str]
