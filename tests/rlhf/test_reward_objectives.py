@@ -177,7 +177,9 @@ def test_a_batch_is_a_number_of_rankings(caplog: pytest.LogCaptureFixture) -> No
 def test_numbers_of_rankings() -> None:
     assert rows.ranking_numbers([4, 4, None, None, 2, 2, 9], "here") == [0, 0, 1, 2, 3, 3, 4]
     assert rows.ranking_numbers([], "here") == []
-    with pytest.raises(DataError, match=r"here, row 4: ranking 4 goes on after rows of other rankings; .* next to each"):
+    with pytest.raises(
+        DataError, match=r"here, row 4: ranking 4 goes on after rows of other rankings; .* next to each"
+    ):
         rows.ranking_numbers([4, 4, 2, 4], "here")
 
 
@@ -186,7 +188,7 @@ def test_numbers_of_rankings() -> None:
 def test_learns_from_ratings(toy: Any, tmp_path: Path, lora_rank: int) -> None:
     context = toy.context(
         "reward",
-        reward={"objective": "regression", "epochs": 4},
+        reward={"objective": "regression", "epochs": 12 if lora_rank else 4},
         model={"lora_rank": lora_rank},
         judge={"enabled": False},
     )
