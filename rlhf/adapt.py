@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 from transformers.activations import NewGELUActivation
 
+from rlhf.models import head_parts
+
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
@@ -28,7 +30,8 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
     if model.get_output_embeddings() is not None:
         task, heads = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM", None
     else:
-        task, heads = ("SEQ_CLS", ["score"]) if hasattr(model, "score") else ("FEATURE_EXTRACTION", None)
+        heads = list(head_parts(model)) or None
+        task = "SEQ_CLS" if heads else "FEATURE_EXTRACTION"
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,

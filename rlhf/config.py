@@ -112,8 +112,13 @@ class Judge(OptionalStage):
 
 
 class Reward(Supervised):
-    """Reward-model training on preference pairs with the Bradley-Terry loss."""
+    """Reward-model training on preference pairs and rankings, or on ratings."""
 
+    objective: Literal["pairwise", "regression"] = Field(
+        "pairwise",
+        description="`pairwise` learns which response of a pair is better (Bradley-Terry loss); `regression` predicts "
+        "ratings (squared error).",
+    )
     path: str | None = Field(
         None,
         description="Start from this model instead of the SFT policy: local directory or hub id.",
@@ -125,6 +130,15 @@ class Reward(Supervised):
     normalize_std: bool = Field(
         False, description="Also divide scores by the standard deviation over the SFT references (mean 0 always)."
     )
+
+    @model_validator(mode="after")
+    def _check(self) -> Reward:
+        if self.objective == "regression" and self.center:
+            raise ValueError(
+                f"center is {self.center}, but it is for pairs: a regression has the level of its ratings; "
+                "set center: 0 or objective: pairwise"
+            )
+        return self
 
 
 class _PpoSection(OptionalStage):
@@ -239,8 +253,14 @@ class PipelineConfig(Section):
             raise ValueError(
                 "ppo.rewards names `model`, but the reward stage is off; turn it on or name a Python function"
             )
-        if self.reward.enabled and not pairs:
-            raise ValueError(f"reward needs data.preferences, {needs}; or leave it out with `reward: off`")
+        objective = self.reward.objective if self.reward.enabled else None
+        if objective == "pairwise" and not pairs:
+            raise ValueError(
+                f"reward needs data.preferences, {needs}; or leave it out with `reward: off`, or learn from ratings "
+                "with reward.objective: regression"
+            )
+        if objective == "regression" and not data.has("ratings"):
+            raise ValueError(f"reward.objective `regression` needs data.ratings, {needs}")
         if self.judge.enabled and not pairs:
             raise ValueError(f"judge needs data.preferences, {needs}; or leave it out with `judge: off`")
         if (self.ppo.enabled or self.evaluate.enabled) and not (data.has("demonstrations") or data.has("prompts")):

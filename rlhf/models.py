@@ -133,10 +133,10 @@ def load_reward_model(
 def reward_from_policy(
     path: str | Path, revision: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The classifier of a policy's architecture: the policy's trunk and a new head.
+    """The classifier of a policy's or an encoder's architecture: its trunk and a new head with one output.
 
-    The head is drawn by torch's global generator from a normal distribution with mean 0 and standard deviation
-    1 / sqrt(d + 1), d the hidden size (Stiennon et al. 2020).
+    The head's last layer is drawn by torch's global generator from a normal distribution with mean 0 and standard
+    deviation 1 / sqrt(d + 1), d the hidden size (Stiennon et al. 2020).
 
     Raises:
         ModelError: it cannot be loaded.
@@ -148,10 +148,11 @@ def reward_from_policy(
             path,
             revision,
             num_labels=1,
+            ignore_mismatched_sizes=True,  # a classifier with other labels lends its trunk
             dtype=torch.float32,
             trust_remote_code=trust_remote_code,
         )
-    head = score_head(model)
+    head = _last_layer(model)
     nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     if head.bias is not None:
         nn.init.zeros_(head.bias)
@@ -193,6 +194,25 @@ def score_head(model: PreTrainedModel) -> nn.Linear:
             "take a causal architecture here, e.g. the policy's"
         )
     return head
+
+
+def head_parts(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The parts with weights of a classifier that are not its trunk, in their order; the last one gives the score."""
+    trunk = model.base_model_prefix
+    parts = model.named_children() if hasattr(model, trunk) else ()
+    return {name: part for name, part in parts if name != trunk and next(part.parameters(), None) is not None}
+
+
+def _last_layer(model: PreTrainedModel) -> nn.Linear:
+    """The layer that gives the score: ``score``, ``classifier``, or the ``out_proj`` of a head with several layers.
+
+    Raises:
+        ModelError: there is none.
+    """
+    layers = [part for head in head_parts(model).values() for part in head.modules() if isinstance(part, nn.Linear)]
+    if not layers or layers[-1].out_features != 1:
+        raise ModelError(f"a {model.config.model_type} classifier has no linear layer with one output at its end")
+    return layers[-1]
 
 
 def _same_family(policy: str | Path, reward: str | Path, revision: str | None, trust_remote_code: bool) -> bool:

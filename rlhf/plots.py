@@ -99,6 +99,32 @@ def curves(path: Path, steps: Sequence[int], panels: Mapping[str, Sequence[float
             ax.set_ylabel(label)
 
 
+def reliability(path: Path, bins: Sequence[Mapping[str, float]]) -> None:
+    """A reliability diagram: the share of pairs that came true over the probability that the model gave them, with the
+    share's interval; on the dotted line, confidence is right. ``bins`` have confidence, right, low, high and pairs."""
+    look = LOOKS["chosen"]
+    confidence, right, low, high = (
+        np.array([of[name] for of in bins]) for name in ("confidence", "right", "low", "high")
+    )
+    with _figure(path, 1) as (ax,):
+        ax.plot([0, 1], [0, 1], color=LOOKS["base"].colour, linestyle=":", linewidth=2, label="perfectly calibrated")
+        ax.errorbar(
+            confidence,
+            right,
+            yerr=np.maximum(0.0, [right - low, high - right]),
+            color=look.colour,
+            marker="o",
+            capsize=3,
+            linewidth=2,
+            label=f"reward model, {sum(int(of['pairs']) for of in bins)} held-out pairs",
+        )
+        ax.set_xlim(-0.02, 1.02)
+        ax.set_ylim(-0.02, 1.02)
+        ax.set_xlabel("probability that the model gives to one side of a pair")
+        ax.set_ylabel("share with this side chosen")
+        ax.legend(frameon=False, loc="upper left")
+
+
 @contextmanager
 def _figure(path: Path, panels: int) -> Iterator[list[Axes]]:
     """Panels one below the other, written to ``path`` at the end. No pyplot: no global figure, no display."""

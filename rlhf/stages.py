@@ -68,9 +68,9 @@ STAGES: dict[str, Stage] = {
             module="rlhf.reward",
             settings=("reward", *_LORA),
             inputs={
-                "prepare": ("demonstrations", "preferences", "base"),
+                "prepare": ("demonstrations", "preferences", "ratings", "base"),
                 "sft": ("model",),
-                "judge": ("preferences",),
+                "judge": ("preferences", "ratings"),
             },
             libraries=(*_TORCH, "trl", "datasets"),
         ),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlhf.rewards.functions import FunctionScorer, RewardFunction, Scorer, call_reward, load_function, make_scorer
-    from rlhf.rewards.model import RewardModel, context_limit, score_token_ids
+    from rlhf.rewards.model import RewardModel
     from rlhf.rewards.weighted import Rewards, make_rewards
 
 __all__ = [
@@ -25,11 +25,9 @@ __all__ = [
     "Rewards",
     "Scorer",
     "call_reward",
-    "context_limit",
     "load_function",
     "make_rewards",
     "make_scorer",
-    "score_token_ids",
 ]
 
 

@@ -103,7 +103,7 @@ def _load(kind: str, path: str) -> Loaded:
     import transformers
 
     from rlhf.errors import ModelError
-    from rlhf.rewards.model import context_limit
+    from rlhf.scoring import usable_length
 
     with torch.random.fork_rng(devices=[]):  # a model that loads late must not move the draws of a training
         try:
@@ -124,7 +124,7 @@ def _load(kind: str, path: str) -> Loaded:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     tokenizer.padding_side = "right"
     model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
-    return Loaded(model, tokenizer, context_limit(model))
+    return Loaded(model, tokenizer, usable_length(model))
 
 
 def _label(config: Any, label: str | int, model: str) -> int:

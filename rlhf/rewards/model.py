@@ -12,34 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import RewardError
 from rlhf.rewards.functions import describe_row
-
-
-def score_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of whole texts as a reward model reads them, in training and after: each ends in one end token.
-
-    A tokenizer that ends a text by itself (BERT's ``[SEP]``, T5's ``</s>``) does so here; behind any other's text comes
-    end-of-sequence. A text that has it at its end gets no second one.
-    """
-    if not texts:
-        return []
-    eos = str(tokenizer.eos_token)
-    bare = [text.removesuffix(eos) for text in texts]
-    # Not of an empty text: OPT begins texts with its end-of-sequence.
-    ends_itself = tokenizer("a")["input_ids"][-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id)
-    ids: list[list[int]] = tokenizer(bare if ends_itself else [text + eos for text in bare])["input_ids"]
-    return ids
-
-
-def context_limit(model: PreTrainedModel) -> int | None:
-    """The longest text that a model reads, in tokens; None where it has no limit.
-
-    RoBERTa and its kin number positions from behind the padding id, so that they read fewer than their table has.
-    """
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            return module.num_embeddings - module.padding_idx - 1
-    limit: int | None = getattr(model.config, "max_position_embeddings", None)
-    return limit
+from rlhf.scoring import score_token_ids, usable_length
 
 
 @dataclass(frozen=True)
@@ -76,7 +49,7 @@ class RewardModel:
 
     def _token_ids(self, prompts: Sequence[str], responses: Sequence[str]) -> list[list[int]]:
         texts = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
-        ids, limit = score_token_ids(self.tokenizer, texts), context_limit(self.model)
+        ids, limit = score_token_ids(self.tokenizer, texts), usable_length(self.model)
         for row, tokens in enumerate(ids):
             if limit is not None and len(tokens) > limit:
                 raise RewardError(

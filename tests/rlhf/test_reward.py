@@ -16,10 +16,19 @@ from torch.nn import functional as F
 
 from rlhf import adapt, checkpoints, models, reward, training
 from rlhf.errors import DataError, TrainingError
-from rlhf.reward import Pairs, Scores
+from rlhf.reward import held_out, trainer
+from rlhf.reward.held_out import Scores
+from rlhf.reward.rows import Pairs, token_rows
 from rlhf.rewards import RewardModel
 
 FEW = {"max_steps": 4}
+NOTHING = Scores(np.zeros(0), np.zeros(0))
+
+
+def pairs_of(chosen: list[list[int]], rejected: list[list[int]]) -> Pairs:
+    """Pairs without margins, each one a ranking."""
+    n = len(chosen)
+    return Pairs(chosen, rejected, [0.0] * n, list(range(n)), [False] * n)
 
 
 def table(toy: Any, kind: str, split: str) -> dict[str, list[str]]:
@@ -30,7 +39,7 @@ def table(toy: Any, kind: str, split: str) -> dict[str, list[str]]:
 def rows_of(toy: Any, split: str, side: str, model: Any) -> list[list[int]]:
     columns = table(toy, "preferences", split)
     texts = [prompt + response for prompt, response in zip(columns["prompt"], columns[side], strict=True)]
-    return reward.token_rows(texts, models.load_tokenizer(toy.shared / "sft/model"), model, "here")
+    return token_rows(texts, models.load_tokenizer(toy.shared / "sft/model"), model, "here")
 
 
 def classifier(toy: Any) -> Any:
@@ -58,9 +67,9 @@ def weights(context: Any) -> bytes:
 def test_texts_end_with_end_of_sequence_once(toy: Any) -> None:
     tokenizer = models.load_tokenizer(toy.shared / "sft/model")
     ids = tokenizer("ant bee")["input_ids"]
-    rows = reward.token_rows(["ant bee", "ant bee" + tokenizer.eos_token], tokenizer, classifier(toy), "here")
+    rows = token_rows(["ant bee", "ant bee" + tokenizer.eos_token], tokenizer, classifier(toy), "here")
     assert rows == [[*ids, tokenizer.eos_token_id]] * 2
-    assert reward.token_rows([], tokenizer, classifier(toy), "here") == []
+    assert token_rows([], tokenizer, classifier(toy), "here") == []
 
 
 def test_scores_are_read_at_the_last_token_though_it_pads_too(toy: Any) -> None:
@@ -91,39 +100,40 @@ def test_the_trainer_reads_the_same_scores(toy: Any) -> None:
 
 def test_a_text_longer_than_the_context_is_named(toy: Any) -> None:
     model, tokenizer = classifier(toy), models.load_tokenizer(toy.shared / "sft/model")
-    assert [len(row) for row in reward.token_rows(["!" * 47], tokenizer, model, "there")] == [48]
+    assert [len(row) for row in token_rows(["!" * 47], tokenizer, model, "there")] == [48]
     with pytest.raises(DataError, match=r"there, row 2: .* 49 tokens, .* at most 48; lower data.max_prompt_tokens"):
-        reward.token_rows(["ant", "!" * 48], tokenizer, model, "there")
+        token_rows(["ant", "!" * 48], tokenizer, model, "there")
 
 
 # ---------------------------------------------------------------------------------------------------------- figures
 def test_figures_by_hand() -> None:
     scores = Scores(np.array([2.0, 0.0, 1.0, -1.0]), np.array([1.0, 0.0, 3.0, -2.0]))
-    assert reward.wins(scores).tolist() == [1.0, 0.5, 0.0, 1.0]
+    assert held_out.wins(scores).tolist() == [1.0, 0.5, 0.0, 1.0]
     losses = [math.log1p(math.exp(-margin)) for margin in (1, 0, -2, 1)]
-    assert reward.pair_loss(scores) == pytest.approx(sum(losses) / 4)
-    assert reward.pair_loss(Scores(np.array([1e4]), np.array([-1e4]))) == 0.0
-    assert reward.pair_loss(Scores(np.array([-1e4]), np.array([1e4]))) == 2e4
-    assert reward.held_out_metrics(Scores(np.zeros(0), np.zeros(0)), seed=0) == {}
+    assert held_out.pair_loss(scores) == pytest.approx(sum(losses) / 4)
+    assert held_out.pair_loss(Scores(np.array([1e4]), np.array([-1e4]))) == 0.0
+    assert held_out.pair_loss(Scores(np.array([-1e4]), np.array([1e4]))) == 2e4
+    assert held_out.pair_report(NOTHING, NOTHING, [], 0, probabilities=True) is None
+    assert held_out.finals(None, None) == {}
 
 
 def test_interval_of_the_accuracy() -> None:
     """For 300 of 400 pairs: the normal interval of a share, 0.75 +- 1.96 sqrt(0.75 * 0.25 / 400)."""
     scores = Scores(np.repeat([1.0, -1.0], [300, 100]), np.zeros(400))
-    metrics = reward.held_out_metrics(scores, seed=1)
+    report = held_out.pair_report(scores, Scores(np.ones(400), np.ones(400)), [True] * 400, 1, probabilities=True)
+    metrics = held_out.finals(report, None)
     assert metrics["test_accuracy"] == 0.75
     assert metrics["test_accuracy_low"] == pytest.approx(0.7076, abs=0.01)
     assert metrics["test_accuracy_high"] == pytest.approx(0.7924, abs=0.01)
-    assert reward.held_out_metrics(scores, seed=1) == metrics
 
 
 def test_score_pairs_keeps_the_order(toy: Any) -> None:
     model = classifier(toy)
-    pairs = Pairs(rows_of(toy, "test", "chosen", model), rows_of(toy, "test", "rejected", model))
+    pairs = pairs_of(rows_of(toy, "test", "chosen", model), rows_of(toy, "test", "rejected", model))
     scores = reward.score_pairs(model, pairs, 3)
     assert scores.chosen == pytest.approx(reward.raw_scores(model, pairs.chosen, 1), abs=1e-5)
     assert scores.rejected == pytest.approx(reward.raw_scores(model, pairs.rejected, 1), abs=1e-5)
-    assert len(reward.score_pairs(model, Pairs([], []), 3).chosen) == 0
+    assert len(reward.score_pairs(model, pairs_of([], []), 3).chosen) == 0
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -173,7 +183,12 @@ def test_curves(toy: Any) -> None:
 def test_writes_a_model_and_scores_and_nothing_else(toy: Any) -> None:
     context = toy.context("reward", reward=FEW)
     reward.run(context)
-    assert {path.name for path in context.out.iterdir()} == {"model", "scores.parquet"}
+    assert {path.name for path in context.out.iterdir()} == {
+        "model",
+        "scores.parquet",
+        "calibration.json",
+        "calibration.png",
+    }
     written = context.out / "model"
     expected = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in written.iterdir()} == expected
@@ -271,13 +286,13 @@ def test_lora_is_merged_with_its_head(toy: Any, monkeypatch: pytest.MonkeyPatch)
 
 def test_a_loss_that_is_not_finite_ends_training(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    original = reward.RewardTrainer.compute_loss
+    original = trainer.Trainer.compute_loss
 
     def broken(self: Any, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         return original(self, *args, **kwargs) * (math.inf if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(reward.RewardTrainer, "compute_loss", broken)
+    monkeypatch.setattr(trainer.Trainer, "compute_loss", broken)
     context = toy.context("reward")
     with pytest.raises(TrainingError, match="reward: the loss is inf at step 3"):
         reward.run(context)

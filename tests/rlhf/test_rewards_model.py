@@ -21,7 +21,8 @@ from transformers import (
 
 from rlhf.errors import RewardError
 from rlhf.reward import raw_scores
-from rlhf.rewards import RewardModel, context_limit, score_token_ids
+from rlhf.rewards import RewardModel
+from rlhf.scoring import score_token_ids, usable_length
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "p", "one", "two", "three", "a", "bb", "ccc"]
 PROMPTS, RESPONSES = ["p one", "p", "p two three one"], [" a bb", " ccc", ""]
@@ -103,7 +104,7 @@ def test_scores_are_those_of_the_training(name: str, tokens_at_once: int) -> Non
 def test_the_longest_text_is_read_and_a_longer_one_refused(name: str) -> None:
     """All four read twelve tokens; RoBERTa's table has one position more, which padding takes."""
     model, made = classifier(name), tokenizer("<bos> $A <eos>")
-    assert context_limit(model) == 12
+    assert usable_length(model) == 12
     scorer = RewardModel(model, made)
     assert np.isfinite(scorer(["p"], [" a" * 9], {})).all()
     with pytest.raises(RewardError, match=r"reads at most 12 tokens, but prompt and response have 13 in row 0"):
@@ -111,4 +112,4 @@ def test_the_longest_text_is_read_and_a_longer_one_refused(name: str) -> None:
 
 
 def test_t5_has_no_limit() -> None:
-    assert context_limit(classifier("t5")) is None
+    assert usable_length(classifier("t5")) is None

@@ -1,0 +1,158 @@
+"""TRL's RewardTrainer, made to train on rankings and on ratings too.
+
+Pairs are rankings of two: a row is a ranking, a batch a number of rankings, and each ranking counts the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from functools import partial
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from trl import RewardConfig, RewardTrainer
+
+from rlhf import adapt, training
+from rlhf.errors import TrainingError
+from rlhf.reward import losses
+from rlhf.reward.rows import Pairs, Ratings, ranking_dataset, rating_dataset
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rlhf.config import Reward
+    from rlhf.context import Context
+
+log = logging.getLogger(__name__)
+
+
+class Trainer(training.PipelineTrainer, RewardTrainer):  # type: ignore[misc]
+    """TRL's trainer with an order of rows that can be resumed, losses checked, and both objectives."""
+
+    def _prepare_dataset(self, dataset: Dataset, *args: Any, **kwargs: Any) -> Dataset:
+        """As it is: rows are token ids already, and TRL would drop long ones without a word."""
+        return dataset
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of a batch of one of the collators below; what TRL's own one logs is logged."""
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        scores = outputs.logits[:, 0].float()
+        figures = {"min_reward": scores.min(), "mean_reward": scores.mean(), "max_reward": scores.max()}
+        if "score" in inputs:
+            loss = losses.squared_error(scores, inputs["score"])
+        else:
+            chosen, rejected, weight = scores[inputs["chosen"]], scores[inputs["rejected"]], inputs["weight"]
+            center = self.args.center_rewards_coefficient or 0.0
+            loss = losses.bradley_terry(chosen, rejected, inputs["margin"], weight, center)
+            figures |= {
+                "accuracy": (weight * (chosen > rejected)).sum(),
+                "margin": (weight * (chosen - rejected)).sum(),
+            }
+        for name, value in figures.items():
+            self._metrics["train"][name].append(value.item())
+        return (loss, outputs) if return_outputs else loss
+
+
+def make_trainer(
+    context: Context, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train: Pairs | Ratings
+) -> Trainer:
+    """A trainer of ``model``, with LoRA adapters if configured, on all rows of ``train``.
+
+    For ratings, ``model.config`` must have their ``rating_mean`` and ``rating_std``.
+
+    Raises:
+        TrainingError: TRL would not train on all the rows.
+    """
+    section, lora = context.config.reward, context.config.model.lora_rank
+    padding = with_pad_that_ends_no_text(tokenizer)
+    if isinstance(train, Pairs):
+        dataset, collate = ranking_dataset(train), collate_rankings
+        section = rankings_a_step(section, max(map(len, dataset["chosen"])))
+    else:
+        dataset, collate = rating_dataset(train, model.config.rating_mean, model.config.rating_std), collate_ratings
+    trainer = Trainer(
+        model=adapt.add_lora(model, lora, context.config.model.lora_alpha) if lora else model,
+        args=training.training_arguments(
+            RewardConfig,
+            section,
+            context,
+            max_length=None,
+            remove_unused_columns=False,
+            center_rewards_coefficient=section.center or None,
+        ),
+        data_collator=partial(collate, pad_token_id=padding.pad_token_id),
+        train_dataset=dataset,
+        processing_class=padding,
+    )
+    if len(trainer.train_dataset) != len(dataset):
+        raise TrainingError(
+            f"reward: the trainer kept {len(trainer.train_dataset)} of {len(dataset)} training rows; "
+            "this version of TRL drops rows, so install the one in constraints.txt"
+        )
+    return trainer
+
+
+def rankings_a_step(section: Reward, pairs: int) -> Reward:
+    """The batch sizes in rankings, where the largest ranking has that many pairs: a batch is at most as many pairs.
+
+    Their number is the same for all steps, so that a ranking counts the same in each of them. A ranking that is
+    larger than a (micro) batch is one by itself.
+    """
+    micro = section.micro_batch_size or section.batch_size
+    if pairs > micro:
+        log.warning(
+            "reward: the largest ranking has %d pairs, more than the %d of a forward pass; it is one by itself",
+            pairs,
+            micro,
+        )
+    rankings = max(1, micro // pairs)
+    steps = max(1, section.batch_size // (rankings * pairs))
+    return section.model_copy(update={"batch_size": steps * rankings, "micro_batch_size": rankings})
+
+
+def collate_rankings(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    """R rows of ``ranking_dataset`` as tensors.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` (texts of all rankings, T); for each pair of each ranking: ``chosen`` and
+        ``rejected``, which index these texts, ``margin`` and ``weight``. (P,)
+    """
+    starts = [0]
+    for row in rows:
+        starts.append(starts[-1] + len(row["texts"]))
+    batch = _texts(rows, pad_token_id)
+    for side in ("chosen", "rejected"):
+        batch[side] = torch.tensor([start + i for start, row in zip(starts, rows, strict=False) for i in row[side]])
+    batch["margin"] = torch.tensor([margin for row in rows for margin in row["margin"]], dtype=torch.float32)
+    batch["weight"] = torch.tensor(losses.ranking_weights([len(row["chosen"]) for row in rows]), dtype=torch.float32)
+    return batch
+
+
+def collate_ratings(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    """B rows of ``rating_dataset`` as tensors: ``input_ids`` and ``attention_mask`` (B, T), and ``score`` (B,)."""
+    return _texts(rows, pad_token_id) | {"score": torch.tensor([row["score"] for row in rows], dtype=torch.float32)}
+
+
+def _texts(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    texts = list(chain.from_iterable(row["texts"] for row in rows))
+    mask = training.padded([[1] * len(text) for text in texts], 0)
+    return {"input_ids": training.padded(texts, pad_token_id), "attention_mask": mask}
+
+
+def with_pad_that_ends_no_text(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A copy for the Trainer, which pads with its padding token and tells the model to score the last other one.
+
+    So padding must not be end-of-sequence, with which every text ends. Any other id will do: what is behind the last
+    token changes nothing before it.
+    """
+    padding = copy.deepcopy(tokenizer)
+    if padding.pad_token_id == padding.eos_token_id:
+        padding.pad_token = padding.convert_ids_to_tokens(1 if padding.eos_token_id == 0 else 0)
+    return padding
