@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from flows import summary
+from flows import generate, summary
 from rlhf.artifacts import Store, verify
 from rlhf.config import PipelineConfig
 from rlhf.errors import ArtifactError, InputError, RlhfError
@@ -269,6 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     add("presets", _presets, "List the presets.", as_json)
     add("show", _show, "Print the whole configuration of a preset or file.", source, as_json)
     add("validate", _validate, "Check a configuration and every row of the data that it names.", source)
+    generate.add_arguments(add("generate", generate.generate, generate.ABOUT, as_json))
     runs = add("runs", _runs, "List the runs on this machine.", as_json)
     runs.add_argument("--last", type=int, default=20, help="how many (default: 20)")
     cache = commands.add_parser("cache", help="Look at the artifact store, check it, clean it.")

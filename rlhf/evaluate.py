@@ -157,13 +157,12 @@ def _answers(
 def _check_room(policy: Policy, prompts: Prompts, new: int) -> None:
     """See that every prompt and its response fit into the model's context."""
     config = policy.language_model.config
-    limit = getattr(config, "max_position_embeddings", None)
     longest = max(map(len, prompts.token_ids))
-    needed = max(longest, new) if config.is_encoder_decoder else longest + new  # its two halves have the limit each
-    if limit is not None and needed > limit:
+    if not models.fits(config, longest, new):
         raise DataError(
             f"a held-out prompt of {longest} tokens and evaluate.max_new_tokens {new} do not fit into the model's "
-            f"context of {limit} tokens; lower evaluate.max_new_tokens, or set data.max_prompt_tokens"
+            f"context of {config.max_position_embeddings} tokens; lower evaluate.max_new_tokens, or set "
+            "data.max_prompt_tokens"
         )
 
 

@@ -285,6 +285,16 @@ def _quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+def fits(config: Any, prompt_tokens: int, new_tokens: int) -> bool:
+    """Whether a prompt and a response fit into the context of a model with this configuration.
+
+    The halves of an encoder-decoder have the limit each. Without a limit, as in T5, everything fits.
+    """
+    limit = getattr(config, "max_position_embeddings", None)
+    needed = max(prompt_tokens, new_tokens) if config.is_encoder_decoder else prompt_tokens + new_tokens
+    return limit is None or needed <= limit
+
+
 # --------------------------------------------------------------------------------------------------------------- saving
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
     """Write an ordinary Hugging Face directory: configuration, safetensors weights, tokenizer; nothing pickled."""

@@ -128,16 +128,15 @@ def check_room(prompts: Prompts, new_tokens: int, model: PreTrainedModel, where:
     Raises:
         DataError: one does not.
     """
-    limit = getattr(model.config, "max_position_embeddings", None)
     longest = max(range(len(prompts)), key=lambda row: len(prompts.token_ids[row]))
     tokens = len(prompts.token_ids[longest])
-    if model.config.is_encoder_decoder:  # its two halves have the limit each
-        tokens, new_tokens = max(tokens, new_tokens), 0
-    if limit is not None and tokens + new_tokens > limit:
+    if not models.fits(model.config, tokens, new_tokens):
+        limit = model.config.max_position_embeddings
+        most = limit if model.config.is_encoder_decoder else limit - new_tokens
         raise DataError(
             f"{where}, row {longest}: {tokens} prompt tokens and ppo.max_new_tokens {new_tokens} are more than "
             f"the model's context of {limit}; lower ppo.max_new_tokens, or set data.max_prompt_tokens to at most "
-            f"{limit - new_tokens} with data.too_long: drop"
+            f"{most} with data.too_long: drop"
         )
 
 
