@@ -106,13 +106,13 @@ def scorers(
             model = models.load_reward_model(reward_model.path, **reward_model.options).eval()
         model.to(training.device_of(config.resources))
         found["reward"] = rewards.RewardModel(model, models.load_tokenizer(reward_model.path, **reward_model.options))
-    named = {name.rpartition(":")[2]: name for name in config.ppo.rewards if config.ppo.enabled and name != "model"}
-    for name, reference in {**named, **config.evaluate.scorers}.items():
-        function = rewards.load_function(reference)
-        if missing := sorted(_required(function) - columns.keys()):
-            notes.append(f"score {name}: left out, as the prompts have no {', '.join(missing)} ({reference})")
+    named = {name.rpartition(":")[2]: spec for name, spec in config.ppo.rewards.items() if spec.function != "model"}
+    for name, spec in {**(named if config.ppo.enabled else {}), **config.evaluate.scorers}.items():
+        scorer = rewards.make_scorer(spec.function, spec.arguments)
+        if missing := sorted(_required(scorer.function) - columns.keys() - spec.arguments.keys()):
+            notes.append(f"score {name}: left out, as the prompts have no {', '.join(missing)} ({spec.function})")
         else:
-            found[name] = rewards.FunctionScorer(function, reference)
+            found[name] = scorer
     return found, notes
 
 

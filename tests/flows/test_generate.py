@@ -15,13 +15,13 @@ import torch
 from rlhf import models
 from rlhf.artifacts import Store, make_manifest
 from rlhf.config import PipelineConfig
+from rlhf.data.tokens import train_tokenizer
 from rlhf.generate import Sampling, respond
 from rlhf.plan import Planner
 from rlhf.policies import MODELS, Place
 from rlhf.random_weights import random_model
 from rlhf.runs import RunRecord
 from rlhf.settings import load
-from rlhf.tokens import train_tokenizer
 
 Rlhf = Callable[..., tuple[int, str, str]]
 WORDS = ["ant bee cat", "dog eel fox"]
