@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from rlhf import hub
-from rlhf.errors import ModelError
+from rlhf.errors import DataError, ModelError
 
 T = TypeVar("T")
 
@@ -296,6 +296,30 @@ def fits(config: Any, prompt_tokens: int, new_tokens: int) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------------------- saving
+def check_room(
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    model: PreTrainedModel,
+    where: str,
+    setting: str = "ppo.max_new_tokens",
+) -> None:
+    """See that each prompt (token ids) with a response of the longest kind fits into the model's context.
+
+    Raises:
+        DataError: one does not.
+    """
+    longest = max(range(len(prompts)), key=lambda row: len(prompts[row]))
+    tokens = len(prompts[longest])
+    if not fits(model.config, tokens, new_tokens):
+        limit = model.config.max_position_embeddings
+        most = limit if model.config.is_encoder_decoder else limit - new_tokens
+        raise DataError(
+            f"{where}, row {longest}: {tokens} prompt tokens and {setting} {new_tokens} are more than "
+            f"the model's context of {limit}; lower {setting}, or set data.max_prompt_tokens to at most "
+            f"{most} with data.too_long: drop"
+        )
+
+
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str | Path) -> None:
     """Write an ordinary Hugging Face directory: configuration, safetensors weights, tokenizer; nothing pickled."""
     with _quiet():

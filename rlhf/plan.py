@@ -30,7 +30,7 @@ from rlhf.schema import FunctionSpec, Section
 from rlhf.stages import STAGES, StageName, enabled_stages, reads_base, stage_inputs
 
 NEVER_RUN = "never run"
-FUNCTIONS = {"ppo": "rewards", "evaluate": "scorers"}  # the setting of a stage that names functions
+FUNCTIONS = {"judge": "rewards", "ppo": "rewards", "evaluate": "scorers"}  # the setting of a stage that names functions
 KEY_LENGTH = 32  # hexadecimal digits: 128 bits
 
 
@@ -169,6 +169,11 @@ class Planner:
             for made in self.config.data.computed.values():
                 table.update(_code_of(made.function) if ":" in made.function else {})
                 table.update({f"library {name}": _version(name) for name in made.libraries})
+        judge = self.config.judge
+        if stage == "judge" and judge.function:
+            table.update(_code_of(judge.function))
+        if stage == "judge" and judge.by == "model" and judge.model.path:
+            table["judge.model.path"] = self._model("judge.model.path", judge.model.path, None)
         if self.config.model.path and reads_base(stage, self.config):
             table["model.path"] = self._model("model.path", self.config.model.path, self.config.model.revision)
         if stage == "reward" and self.config.reward.path:

@@ -28,7 +28,7 @@ from rlhf.yaml12 import read_mapping, write_value
 ABOUT = ("description", "needs", "sizes", "preset")  # keys of a file that are not part of the schema
 PATH_LISTS = tuple(("data", kind) for kind in KINDS)
 MODEL_PATHS = (("model", "path"), ("reward", "path"))
-FUNCTIONS = (("data", "computed"), ("ppo", "rewards"), ("evaluate", "scorers"))
+FUNCTIONS = (("data", "computed"), ("judge", "rewards"), ("ppo", "rewards"), ("evaluate", "scorers"))
 
 
 class Preset(NamedTuple):
@@ -206,6 +206,12 @@ def _clean(layer: Layer, folder: Path) -> Layer:
         settings = values.get(section_name)
         if isinstance(settings, dict) and settings.get(key):
             settings[key] = _absolute(settings[key], folder, maybe_hub=(section_name, key) in MODEL_PATHS)
+    judge = values.get("judge")
+    if isinstance(judge, dict):
+        judge |= {"function": _function(judge["function"], folder)} if "function" in judge else {}
+        model = judge.get("model")
+        if isinstance(model, dict) and model.get("path"):
+            judge["model"] = model | {"path": _absolute(model["path"], folder, maybe_hub=True)}
     marks = dict(layer.marks)
     for section_name, key in FUNCTIONS:
         settings = values.get(section_name)

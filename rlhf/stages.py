@@ -59,9 +59,12 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="judge",
             module="rlhf.judge",
-            settings=("judge",),
-            inputs={"prepare": ("preferences",)},
-            libraries=("pyarrow",),
+            settings=("judge", *_LORA),
+            inputs={
+                "prepare": ("preferences", "ratings", "prompts", "base"),
+                "sft": ("model",),
+            },
+            libraries=(*_TORCH, "trl", "datasets", "pyarrow"),
         ),
         Stage(
             name="reward",
@@ -111,13 +114,34 @@ def stage_inputs(name: str, config: PipelineConfig) -> dict[str, tuple[str, ...]
     """
     on = enabled_stages(config)
     found = {source: parts for source, parts in STAGES[name].inputs.items() if source in on}
+    if "judge" in found and "prepare" in found:  # the judge passes on what it does not make
+        found["prepare"] = tuple(part for part in found["prepare"] if part not in ("preferences", "ratings"))
+    if name == "judge":
+        return _judge_inputs(found, config)
     if "prepare" in found and not (config.model.init == "random" and reads_base(name, config)):
         found["prepare"] = tuple(part for part in found["prepare"] if part != "base")
-    if "judge" in found and "prepare" in found:  # the judge passes the preferences on
-        found["prepare"] = tuple(part for part in found["prepare"] if part != "preferences")
     return found
+
+
+def _judge_inputs(found: dict[str, tuple[str, ...]], config: PipelineConfig) -> dict[str, tuple[str, ...]]:
+    """What the judge reads: prompts and a policy only where it samples, a model only where it learns or samples."""
+    unread = set() if config.judge.samples else {"prompts"}
+    if not (config.model.init == "random" and reads_base("judge", config)):
+        unread.add("base")
+    return {
+        source: tuple(part for part in parts if part not in unread)
+        for source, parts in found.items()
+        if source != "sft" or _judge_opens_policy(config)
+    }
+
+
+def _judge_opens_policy(config: PipelineConfig) -> bool:
+    """Whether the judge samples the SFT policy, or makes a judge model of it."""
+    return bool(config.judge.samples) or (config.judge.by == "model" and config.judge.model.path is None)
 
 
 def reads_base(name: str, config: PipelineConfig) -> bool:
     """Whether a stage opens the model as it was before any training."""
+    if name == "judge" and not _judge_opens_policy(config):
+        return False
     return STAGES[name].reads_base or ("sft" in STAGES[name].inputs and "sft" not in enabled_stages(config))

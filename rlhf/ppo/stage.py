@@ -70,9 +70,10 @@ def run(context: Context) -> dict[str, float]:
         checkpoints=context.checkpoints,
         seed=config.seed,
     )
-    check_room(trainer.prompts, config.ppo.max_new_tokens, policy.language_model, "prompts/train")
+    models.check_room(trainer.prompts.token_ids, config.ppo.max_new_tokens, policy.language_model, "prompts/train")
     if trainer.held_out is not None:
-        check_room(trainer.held_out, config.ppo.max_new_tokens, policy.language_model, "prompts/validation")
+        room = trainer.held_out.token_ids, config.ppo.max_new_tokens
+        models.check_room(*room, policy.language_model, "prompts/validation")
     finals = trainer.train()
     if accelerator.is_main_process:
         save(trainer, context.out)
@@ -120,24 +121,6 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, encoder: bool =
         if not ids:
             raise DataError(f"{path}, row {row}: the prompt {texts[row]!r} has no token; take it out")
     return Prompts(texts, token_ids, columns)
-
-
-def check_room(prompts: Prompts, new_tokens: int, model: PreTrainedModel, where: str) -> None:
-    """See that each prompt with a response of the longest kind fits into the model's context.
-
-    Raises:
-        DataError: one does not.
-    """
-    longest = max(range(len(prompts)), key=lambda row: len(prompts.token_ids[row]))
-    tokens = len(prompts.token_ids[longest])
-    if not models.fits(model.config, tokens, new_tokens):
-        limit = model.config.max_position_embeddings
-        most = limit if model.config.is_encoder_decoder else limit - new_tokens
-        raise DataError(
-            f"{where}, row {longest}: {tokens} prompt tokens and ppo.max_new_tokens {new_tokens} are more than "
-            f"the model's context of {limit}; lower ppo.max_new_tokens, or set data.max_prompt_tokens to at most "
-            f"{most} with data.too_long: drop"
-        )
 
 
 def write_samples(path: Path, samples: list[Sample]) -> None:

@@ -56,15 +56,10 @@ def run(context: Context) -> dict[str, float]:
     config, section = context.config, context.config.reward
     training.set_up_cpu(config.resources)
     training.seed_everything(config.seed)
-    model, tokenizer = _start(context)
+    model, tokenizer, train = learn(context)
     read = Reader(context, tokenizer, model)
-    train, validation = (_examples(read, section.objective, split) for split in ("train", "validation"))
     pairs, ratings = read.pairs("test"), read.ratings("test")
     references = read.references() or (train.chosen if isinstance(train, Pairs) else train.texts)[:REFERENCES]
-    if isinstance(train, Ratings):
-        model.config.rating_mean, model.config.rating_std = _rating_scale(train)
-
-    model = _trained(context, model, tokenizer, train, validation)
     size = section.micro_batch_size or section.batch_size
     mean, std = normalisation(raw_scores(model, references, size), section.normalize_std)
     model.config.score_mean, model.config.score_std = mean, std
@@ -73,6 +68,22 @@ def run(context: Context) -> dict[str, float]:
     measured = _measured(context, model, train, pairs, ratings)
     finals = {f"train_{_name(train)}": float(len(train[0])), "score_mean": mean, "score_std": std} | measured
     return {f"reward/{name}": value for name, value in finals.items()}
+
+
+def learn(context: Context) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Pairs | Ratings]:
+    """The model that the section ``reward`` describes after its training, its tokenizer, and what it learnt from.
+
+    Its scores are logits still, not shifted to any references.
+
+    Raises:
+        ModelError, DataError, TrainingError: as ``run``.
+    """
+    model, tokenizer = _start(context)
+    read, objective = Reader(context, tokenizer, model), context.config.reward.objective
+    train, validation = (_examples(read, objective, split) for split in ("train", "validation"))
+    if isinstance(train, Ratings):
+        model.config.rating_mean, model.config.rating_std = _rating_scale(train)
+    return _trained(context, model, tokenizer, train, validation), tokenizer, train
 
 
 def _examples(read: Reader, objective: str, split: str) -> Pairs | Ratings:

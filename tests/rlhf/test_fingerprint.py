@@ -82,7 +82,7 @@ def test_the_closure_is_what_a_stage_really_imports(stage: str) -> None:
 def test_ppo_code_concerns_ppo_and_what_comes_after() -> None:
     with_core = {stage for stage, spec in STAGES.items() if "rlhf.ppo.core" in import_closure(spec.module)}
     assert "ppo" in with_core
-    assert with_core <= {"ppo", "evaluate"}
+    assert with_core <= {"judge", "ppo", "evaluate"}  # the judge may sample the policy
 
 
 def test_every_module_without_numbers_exists() -> None:

@@ -14,7 +14,7 @@ import pytest
 from rlhf import judge, prepare, settings
 from rlhf.context import Context
 from rlhf.errors import DataError
-from rlhf.judge import agreement
+from rlhf.judge.agreement import agreement, annotators_report
 from rlhf.tracker import NullTracker
 from tests.rlhf.projects import good
 
@@ -108,7 +108,7 @@ def test_chance_is_counted_over_sides() -> None:
 
     Over "chosen" and "rejected", chance would be 82 % too, and kappa 0.
     """
-    found = judge.judge(pairs(20_000, (0.1, 0.1), seed=1), ["a", "b"])
+    found = annotators_report(pairs(20_000, (0.1, 0.1), seed=1), ["a", "b"])
     assert found["overall"]["agreement"] == pytest.approx(0.82, abs=0.01)
     assert found["overall"]["kappa"] == pytest.approx(0.64, abs=0.02)
     assert found["overall"]["label_agreement"] == pytest.approx(0.9, abs=0.01)
@@ -120,13 +120,13 @@ def test_kappa_does_not_depend_on_the_label() -> None:
     turn = {"chosen": "rejected", "rejected": "chosen"}
     columns = {name: [turn[verdict] for verdict in one[name].to_pylist()] for name in "ab"}
     other = pa.table({"chosen": one["rejected"], "rejected": one["chosen"], **columns})
-    assert judge.judge(one, ["a", "b"])["between"] == judge.judge(other, ["a", "b"])["between"]
+    assert annotators_report(one, ["a", "b"])["between"] == annotators_report(other, ["a", "b"])["between"]
 
 
 def test_three_annotators() -> None:
     made = pairs(100, (0.1, 0.2), seed=3)
     made = made.append_column("c", made["a"])
-    found = judge.judge(made, ["a", "b", "c"])
+    found = annotators_report(made, ["a", "b", "c"])
     assert list(found["between"]) == ["a, b", "a, c", "b, c"]
     assert found["between"]["a, c"]["kappa"] == 1.0
     kappas = [pair["kappa"] for pair in found["between"].values()]
@@ -135,7 +135,7 @@ def test_three_annotators() -> None:
 
 def test_lengths() -> None:
     made = pa.table({"chosen": ["aaa", "b", "cc"], "rejected": ["a", "bbb", "dd"]})
-    assert judge.judge(made, [])["length"] == {
+    assert annotators_report(made, [])["length"] == {
         "chosen_mean": 2.0,
         "rejected_mean": 2.0,
         "chosen_longer": pytest.approx(1 / 3),

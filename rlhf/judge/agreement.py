@@ -1,4 +1,4 @@
-"""Passes labelled pairs on, and measures how far their annotators agree.
+"""How far judges agree: annotators with the recorded labels and with each other, a judge with held-out labels.
 
 A verdict says which side of the recorded label an annotator prefers. Agreement by chance is counted over
 sides whose order knows nothing of that label: a pair's first side is the response with the smaller hash. Counted
@@ -8,26 +8,19 @@ over "chosen" and "rejected" instead, annotators who are mostly right would seem
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 from statistics import NormalDist, fmean
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from rlhf.data.columns import Column, check_names, problems_of
-from rlhf.data.problems import BadRows
-from rlhf.data.sources import SPLITS
-
-if TYPE_CHECKING:
-    from rlhf.context import Context
+from rlhf.intervals import Floats, bootstrap_interval
 
 CONFIDENCE = 0.95  # level of the intervals
+RESAMPLES = 1000  # of a bootstrap interval
 
 
 class Agreement(NamedTuple):
@@ -40,48 +33,14 @@ class Agreement(NamedTuple):
     kappa_high: float | None
 
 
-def run(context: Context) -> dict[str, float]:
-    """Copy ``prepare/preferences`` to ``preferences/`` and write ``report.json``.
-
-    Raises:
-        DataError: a column of ``judge.annotators`` is missing, or holds something that is not a verdict.
-    """
-    annotators = context.config.judge.annotators
-    paths = [context.input(f"prepare/preferences/{split}.parquet") for split in SPLITS]
-    tables = {path: pq.read_table(path) for path in paths}
-    _check_verdicts(tables, annotators)
-    pairs = pa.concat_tables(tables.values())
-    report = judge(pairs, annotators)
-    target = context.out / "preferences"
-    target.mkdir()
-    for path in paths:
-        shutil.copyfile(path, target / path.name)
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    (context.out / "report.json").write_text(text + "\n", "utf-8")
-    finals = {"judge/pairs": report["pairs"], "judge/chosen_longer": report["length"]["chosen_longer"]}
-    finals |= {f"judge/{name}": value for name, value in report["overall"].items() if value is not None}
-    return {name: float(value) for name, value in finals.items()}
-
-
-def _check_verdicts(tables: Mapping[Path, pa.Table], annotators: Sequence[str]) -> None:
-    bad = BadRows("judge.annotators")
-    columns = [Column(name, "judge.annotators", "verdict") for name in annotators]
-    for path, table in tables.items():
-        check_names(table.column_names, columns, str(path), "judge.annotators")
-        for column in columns:
-            for row, problem in problems_of(table[column.name].to_pylist(), column, cells=False).items():
-                bad.add(f"{path} row {row + 1}, column {column.name!r}", problem.words)
-    bad.check("Correct these rows, or leave the annotator out.")
-
-
-def judge(pairs: pa.Table, annotators: Sequence[str]) -> dict[str, Any]:
+def annotators_report(pairs: pa.Table, annotators: Sequence[str]) -> dict[str, Any]:
     """What the report says of pairs: lengths of the two sides, and agreement of the annotators.
 
     ``overall`` has the share of all verdicts that agree with the recorded label, the share of agreement over
     all doubly judged pairs, and the mean of the kappas of all pairs of annotators (Light 1971).
     """
     chosen, rejected = pairs["chosen"].to_pylist(), pairs["rejected"].to_pylist()
-    flips = [_hash(one) > _hash(other) for one, other in zip(chosen, rejected, strict=True)]
+    flips = [side_hash(one) > side_hash(other) for one, other in zip(chosen, rejected, strict=True)]
     verdicts = {name: pairs[name].to_pylist() for name in annotators}
     sides = {name: _sides(values, flips) for name, values in verdicts.items()}
     between = {f"{a}, {b}": agreement(sides[a], sides[b]) for a, b in combinations(annotators, 2)}
@@ -133,7 +92,7 @@ def agreement(first: Sequence[int | None], second: Sequence[int | None]) -> Agre
     return Agreement(n, observed, kappa, kappa - margin, min(kappa + margin, 1.0))
 
 
-def _hash(text: str) -> bytes:
+def side_hash(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
@@ -165,3 +124,30 @@ def _mean(values: Sequence[tuple[float | None, int]]) -> float | None:
     """The weighted mean of the values that are there."""
     there = [(value, weight) for value, weight in values if value is not None]
     return sum(value * weight for value, weight in there) / sum(weight for _, weight in there) if there else None
+
+
+def with_people(margins: Floats, chosen: Sequence[str], rejected: Sequence[str], seed: int) -> dict[str, Any]:
+    """How a judge's verdicts compare with people's on N pairs that it did not learn from.
+
+    Args:
+        margins: by how much the judge prefers the side that people chose; 0 is a tie, and counts one half. (N,)
+
+    Returns:
+        ``pairs``, ``accuracy`` with its bootstrap interval, ``kappa`` (Cohen 1960) with its interval, and
+        ``first_share``: how often the judge prefers the side with the smaller hash, which should be one half.
+    """
+    right = (np.sign(margins) + 1) / 2
+    accuracy = bootstrap_interval(right, CONFIDENCE, RESAMPLES, seed)
+    flips = [side_hash(one) > side_hash(other) for one, other in zip(chosen, rejected, strict=True)]
+    people = [int(flip) for flip in flips]
+    ours = [None if margin == 0 else int((margin < 0) != flip) for margin, flip in zip(margins, flips, strict=True)]
+    given = [side for side in ours if side is not None]
+    return {
+        "pairs": len(right),
+        "ties": int((np.asarray(margins) == 0).sum()),
+        "accuracy": accuracy.value,
+        "accuracy_low": accuracy.low,
+        "accuracy_high": accuracy.high,
+        **{name: value for name, value in agreement(people, ours)._asdict().items() if name.startswith("kappa")},
+        "first_share": fmean(side == 0 for side in given) if given else None,
+    }
