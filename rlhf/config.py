@@ -131,6 +131,11 @@ class Model(Section):
     )
     lora_rank: Annotated[int, Field(ge=0)] = Field(0, description="Rank of the LoRA adapters; 0 trains all weights.")
     lora_alpha: Positive = Field(32.0, description="LoRA scaling numerator (scale = alpha / rank).")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32",
+        description="Type of frozen weights: of the models under LoRA adapters, of the reference, and of what only "
+        "scores or is evaluated. Weights that learn are float32, as is what is saved.",
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="Recompute activations in the backward pass: less memory, slower.",
@@ -319,6 +324,8 @@ class PipelineConfig(Section):
             raise ValueError("judge needs data.preferences, which names no file; or leave it out with `judge: off`")
         if (self.ppo.enabled or self.evaluate.enabled) and not (self.data.demonstrations or self.data.prompts):
             raise ValueError("ppo and evaluate need prompts: set data.prompts or data.demonstrations")
+        if problem := self._dtype_conflict():
+            raise ValueError(problem)
         if self.model.init == "random":
             if self.model.architecture == "t5" and self.reward.enabled and self.reward.path is None:
                 raise ValueError(
@@ -333,3 +340,21 @@ class PipelineConfig(Section):
                         f"{self.model.context}"
                     )
         return self
+
+    def _dtype_conflict(self) -> str | None:
+        dtype = self.model.dtype
+        trains = [stage for stage in ("sft", "reward", "ppo") if getattr(self, stage).enabled]
+        if dtype == "float32" or not trains:
+            return None
+        if not self.model.lora_rank:
+            return (
+                f"model.dtype `{dtype}` is for frozen weights, but {trains[0]} trains all of them, and small steps "
+                "would be rounded away; set model.lora_rank, or leave model.dtype at `float32` and set "
+                "resources.precision, which computes in half precision"
+            )
+        if dtype == "float16" and self.resources.precision != "fp16":
+            return (
+                f"model.dtype is `float16`, and resources.precision `{self.resources.precision}` has no loss scaling, "
+                "without which small gradients vanish; set resources.precision: fp16, or model.dtype: bfloat16"
+            )
+        return None

@@ -123,9 +123,9 @@ def _start(context: Context) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = context.config.reward.path or context.sft_model()
     options = context.model_options(path)
     try:
-        model = models.load_reward_model(path, **options)
+        model = models.load_reward_model(path, **options, dtype=context.config.model.dtype)
     except ModelError:  # it has no trained head; what else is wrong with it, the next line says too
-        model = models.reward_from_policy(path, **options)
+        model = models.reward_from_policy(path, **options, dtype=context.config.model.dtype)
     return model, models.load_tokenizer(path, **options)
 
 
