@@ -31,6 +31,7 @@ Positive = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 class Section(BaseModel):
@@ -131,7 +132,7 @@ class Model(Section):
     )
     lora_rank: Annotated[int, Field(ge=0)] = Field(0, description="Rank of the LoRA adapters; 0 trains all weights.")
     lora_alpha: Positive = Field(32.0, description="LoRA scaling numerator (scale = alpha / rank).")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+    dtype: Dtype = Field(
         "float32",
         description="Type of frozen weights: of the models under LoRA adapters, of the reference, and of what only "
         "scores or is evaluated. Weights that learn are float32, as is what is saved.",

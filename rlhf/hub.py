@@ -1,7 +1,7 @@
 """Where a hub model is: which commit a name stands for now, and whether the hub answers.
 
-The hub is asked once, with a short timeout. A model that is in the local cache is loaded from there where the hub does
-not answer: the hub's own client would try each file again for minutes.
+The hub is asked once a plan, with a short timeout. A model that is in the local cache is loaded from there where the
+hub does not answer: the hub's own client would try each file again for minutes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ class Found(NamedTuple):
 
 
 def resolve_commit(name: str, revision: str | None, option: str = "model.path") -> str:
-    """The commit that a hub id and revision name. ``option`` is the setting that the name is of, for the error.
+    """The commit that a hub id and revision name now. ``option`` is the setting that the name is of, for the error.
 
     Raises:
         ModelError: as ``find``.
     """
-    return revision if revision and _is_commit(revision) else find(name, revision, option).commit
+    if revision and _is_commit(revision):
+        return revision
+    find.cache_clear()  # a process may live for many runs, and the hub move on between them
+    return find(name, revision, option).commit
 
 
 @cache

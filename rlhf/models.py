@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,8 +29,10 @@ from transformers.utils import logging as hf_logging
 from rlhf import hub
 from rlhf.errors import ModelError
 
+if TYPE_CHECKING:
+    from rlhf.config import Dtype
+
 T = TypeVar("T")
-Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizers

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from rlhf import adapt, models, sft
-from rlhf.config import PipelineConfig
+from rlhf.config import Dtype, PipelineConfig
 from rlhf.stages import STAGES
 
 LORA = {"lora_rank": 2, "dtype": "bfloat16"}
@@ -30,7 +30,7 @@ def reward(base: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_models_are_loaded_in_a_type_and_the_score_is_float32(base: Path, reward: Path, dtype: models.Dtype) -> None:
+def test_models_are_loaded_in_a_type_and_the_score_is_float32(base: Path, reward: Path, dtype: Dtype) -> None:
     expected = getattr(torch, dtype)
     assert {p.dtype for p in models.load_policy(base, dtype=dtype).parameters()} == {expected}
     for model in (
