@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
     """Wrap a model with LoRA adapters on all linear layers but the head. The base weights are frozen.
 
+    Adapters are float32, whatever the type of the weights under them.
+
     The new adapter changes nothing yet: its second factor is 0. A classifier's head stays trainable. Its scale is
     alpha / rank. Hu et al. 2021; adapters on every layer as in Dettmers et al. 2023.
     """
@@ -48,8 +50,11 @@ def add_lora(model: PreTrainedModel, rank: int, alpha: float) -> PeftModel:
 
 
 def merge_lora(model: PeftModel) -> PreTrainedModel:
-    """The plain model with the adapters added into its weights. ``model`` is used up by this."""
-    merged: PreTrainedModel = model.merge_and_unload()
+    """The plain model, in float32, with the adapters added into its weights. ``model`` is used up by this.
+
+    Half-precision weights become float32 first: most of what an adapter adds is too small for their digits.
+    """
+    merged: PreTrainedModel = model.float().merge_and_unload()
     return merged
 
 

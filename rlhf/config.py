@@ -28,6 +28,8 @@ from rlhf.schema import (
 )
 from rlhf.schema import Section as Section
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+
 
 class Model(Section):
     """The policy before any training: a pretrained model, or random weights."""
@@ -51,6 +53,11 @@ class Model(Section):
     )
     lora_rank: Annotated[int, Field(ge=0)] = Field(0, description="Rank of the LoRA adapters; 0 trains all weights.")
     lora_alpha: Positive = Field(32.0, description="LoRA scaling numerator (scale = alpha / rank).")
+    dtype: Dtype = Field(
+        "float32",
+        description="Type of frozen weights: of the models under LoRA adapters, of the reference, and of what only "
+        "scores or is evaluated. Weights that learn are float32, as is what is saved.",
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="Recompute activations in the backward pass: less memory, slower.",
@@ -311,6 +318,8 @@ class PipelineConfig(Section):
         self._check_preferences(pairs, needs)
         if (self.ppo.enabled or self.evaluate.enabled) and not (data.has("demonstrations") or data.has("prompts")):
             raise ValueError("ppo and evaluate need prompts: set data.prompts or data.demonstrations")
+        if problem := self._dtype_conflict():
+            raise ValueError(problem)
         if self.model.init == "random":
             if self.model.architecture == "t5" and self.reward.enabled and self.reward.path is None:
                 raise ValueError(
@@ -348,3 +357,21 @@ class PipelineConfig(Section):
             raise ValueError(f"judge.by `model` learns from data.{'ratings' if ratings else 'preferences'}, {needs}")
         if judge.samples and not (data.has("demonstrations") or data.has("prompts")):
             raise ValueError("judge.samples needs prompts: set data.prompts or data.demonstrations")
+
+    def _dtype_conflict(self) -> str | None:
+        dtype = self.model.dtype
+        trains = [stage for stage in ("sft", "reward", "ppo") if getattr(self, stage).enabled]
+        if dtype == "float32" or not trains:
+            return None
+        if not self.model.lora_rank:
+            return (
+                f"model.dtype `{dtype}` is for frozen weights, but {trains[0]} trains all of them, and small steps "
+                "would be rounded away; set model.lora_rank, or leave model.dtype at `float32` and set "
+                "resources.precision, which computes in half precision"
+            )
+        if dtype == "float16" and self.resources.precision != "fp16":
+            return (
+                f"model.dtype is `float16`, and resources.precision `{self.resources.precision}` has no loss scaling, "
+                "without which small gradients vanish; set resources.precision: fp16, or model.dtype: bfloat16"
+            )
+        return None

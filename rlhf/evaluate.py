@@ -117,7 +117,8 @@ def _policy_answers(context: Context, rows: HeldOut, device: torch.device) -> di
 
 
 def _policy(context: Context, path: str, device: torch.device) -> Policy:
-    policy = Policy(models.load_policy(path, **context.model_options(path)).to(device).eval())
+    model = models.load_policy(path, **context.model_options(path), dtype=context.config.model.dtype)
+    policy = Policy(model.to(device).eval())
     check_policy(policy)
     return policy
 
@@ -185,7 +186,7 @@ def _scorers(context: Context) -> dict[str, rewards.Scorer]:
     if "reward" in context.inputs:
         path = context.input("reward/model")
         trusted = context.config.model.trust_remote_code
-        model = models.load_reward_model(path, trust_remote_code=trusted).eval()
+        model = models.load_reward_model(path, trust_remote_code=trusted, dtype=context.config.model.dtype).eval()
         model.to(training.device_of(context.config.resources))
         found["reward"] = rewards.RewardModel(model, models.load_tokenizer(path, trust_remote_code=trusted))
     for name, spec in context.config.evaluate.scorers.items():

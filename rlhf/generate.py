@@ -57,7 +57,8 @@ def respond(
     training.set_up_cpu(resources)
     with torch.no_grad(), training.autocast(resources), training.quiet():
         tokenizer = models.load_tokenizer(place.path, **place.options)
-        policy = Policy(models.load_policy(place.path, **place.options).to(device).eval())
+        model = models.load_policy(place.path, **place.options, dtype=place.dtype)
+        policy = Policy(model.to(device).eval())
         check_policy(policy)
         config = policy.language_model.config
         token_ids = models.prompt_token_ids(tokenizer, prompts, encoder=config.is_encoder_decoder)
@@ -103,8 +104,8 @@ def scorers(
     notes = []
     if reward_model is not None:
         with training.quiet():
-            model = models.load_reward_model(reward_model.path, **reward_model.options).eval()
-        model.to(training.device_of(config.resources))
+            model = models.load_reward_model(reward_model.path, **reward_model.options, dtype=reward_model.dtype)
+        model.eval().to(training.device_of(config.resources))
         found["reward"] = rewards.RewardModel(model, models.load_tokenizer(reward_model.path, **reward_model.options))
     named = {name.rpartition(":")[2]: spec for name, spec in config.ppo.rewards.items() if spec.function != "model"}
     for name, spec in {**(named if config.ppo.enabled else {}), **config.evaluate.scorers}.items():

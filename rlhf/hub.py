@@ -10,12 +10,9 @@ import os
 import re
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from rlhf.errors import DataError, ModelError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 Kind = Literal["model", "dataset"]
 
@@ -35,7 +32,10 @@ def resolve_commit(name: str, revision: str | None, option: str = "model.path", 
     Raises:
         ModelError or DataError: as ``find``.
     """
-    return revision if revision and _is_commit(revision) else find(name, revision, option, kind).commit
+    if revision and _is_commit(revision):
+        return revision
+    find.cache_clear()  # a process may live for many runs, and the hub move on between them
+    return find(name, revision, option, kind).commit
 
 
 @cache
@@ -66,23 +66,6 @@ def find(name: str, revision: str | None, option: str = "model.path", kind: Kind
         f"{Path(name).expanduser().absolute()}; {nowhere}. Set {option} to a local directory with config.json, "
         "model.safetensors and a tokenizer, or see to it that the hub can be reached"
     )
-
-
-def load_dataset(name: str, config: str | None, split: str, revision: str | None, option: str) -> Dataset:
-    """One split of a dataset of the hub; it lies memory-mapped in the cache.
-
-    Raises:
-        DataError: it cannot be had, or has no such configuration or split.
-    """
-    import datasets
-
-    commit = resolve_commit(name, revision, option, "dataset")
-    try:
-        loaded: Dataset = datasets.load_dataset(name, config, split=split, revision=commit)
-    except Exception as error:  # a missing split or configuration, a format that it does not read, the network
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"{option}: dataset {name!r}, config {config}, split {split}: {reason}") from error
-    return loaded
 
 
 def cache_folder(name: str, kind: Kind = "model") -> Path:

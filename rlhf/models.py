@@ -1,7 +1,8 @@
 """Models and tokenizers: loaded and saved.
 
-A model's name is a local directory or a hub id. Weights are float32 (lower precision is for autocast, not for
-storage), files are safetensors, and code that comes with a hub model runs only where the configuration says so.
+A model's name is a local directory or a hub id. Weights are float32 unless a ``dtype`` says otherwise, which is for
+frozen ones: an optimizer's small steps would be rounded away. A score head is float32 always. Files are safetensors,
+and code that comes with a hub model runs only where the configuration says so.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,6 +28,9 @@ from transformers.utils import logging as hf_logging
 
 from rlhf import hub
 from rlhf.errors import DataError, ModelError
+
+if TYPE_CHECKING:
+    from rlhf.config import Dtype
 
 T = TypeVar("T")
 
@@ -94,7 +98,9 @@ def is_encoder_decoder(path: str | Path, revision: str | None = None, trust_remo
     return bool(load_config(path, revision, trust_remote_code).is_encoder_decoder)
 
 
-def load_policy(path: str | Path, revision: str | None = None, trust_remote_code: bool = False) -> PreTrainedModel:
+def load_policy(
+    path: str | Path, revision: str | None = None, trust_remote_code: bool = False, dtype: Dtype = "float32"
+) -> PreTrainedModel:
     """A language model, causal or encoder-decoder.
 
     Raises:
@@ -102,7 +108,7 @@ def load_policy(path: str | Path, revision: str | None = None, trust_remote_code
     """
     encoder = is_encoder_decoder(path, revision, trust_remote_code)
     kind = AutoModelForSeq2SeqLM if encoder else AutoModelForCausalLM
-    model = _load_weights(kind, "model", path, revision, trust_remote_code=trust_remote_code)
+    model = _load_weights(kind, "model", path, revision, dtype, trust_remote_code=trust_remote_code)
     if encoder and getattr(model.config, "decoder_start_token_id", None) is None:
         raise ModelError(
             f"model {str(path)!r} is an encoder-decoder with no decoder_start_token_id in its config.json; set it to "
@@ -112,7 +118,7 @@ def load_policy(path: str | Path, revision: str | None = None, trust_remote_code
 
 
 def load_reward_model(
-    path: str | Path, revision: str | None = None, trust_remote_code: bool = False
+    path: str | Path, revision: str | None = None, trust_remote_code: bool = False, dtype: Dtype = "float32"
 ) -> PreTrainedModel:
     """A classifier with one output, the score. ``config.score_mean`` and ``score_std`` are there once it is trained.
 
@@ -125,13 +131,14 @@ def load_reward_model(
         raise ModelError(
             f"reward model {str(path)!r} has {config.num_labels} outputs; a reward model has one, the score"
         )
-    return _load_weights(
-        AutoModelForSequenceClassification, "reward model", path, revision, trust_remote_code=trust_remote_code
-    )
+    kind = AutoModelForSequenceClassification
+    model = _load_weights(kind, "reward model", path, revision, dtype, trust_remote_code=trust_remote_code)
+    _keep_score_in_float32(model)
+    return model
 
 
 def reward_from_policy(
-    path: str | Path, revision: str | None = None, trust_remote_code: bool = False
+    path: str | Path, revision: str | None = None, trust_remote_code: bool = False, dtype: Dtype = "float32"
 ) -> PreTrainedModel:
     """The classifier of a policy's or an encoder's architecture: its trunk and a new head with one output.
 
@@ -149,9 +156,10 @@ def reward_from_policy(
             revision,
             num_labels=1,
             ignore_mismatched_sizes=True,  # a classifier with other labels lends its trunk
-            dtype=torch.float32,
+            dtype=getattr(torch, dtype),
             trust_remote_code=trust_remote_code,
         )
+    _keep_score_in_float32(model)
     head = _last_layer(model)
     nn.init.normal_(head.weight, std=(head.in_features + 1) ** -0.5)
     if head.bias is not None:
@@ -164,6 +172,7 @@ def value_model_from(
     reward_path: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    dtype: Dtype = "float32",
 ) -> PreTrainedModel:
     """The initial value model: the reward model where it can read the policy's tokens, else the policy.
 
@@ -175,8 +184,8 @@ def value_model_from(
         ModelError: one of them cannot be loaded.
     """
     if reward_path is not None and _same_family(policy_path, reward_path, revision, trust_remote_code):
-        return load_reward_model(reward_path, trust_remote_code=trust_remote_code)
-    model = reward_from_policy(policy_path, revision, trust_remote_code)
+        return load_reward_model(reward_path, trust_remote_code=trust_remote_code, dtype=dtype)
+    model = reward_from_policy(policy_path, revision, trust_remote_code, dtype)
     nn.init.zeros_(score_head(model).weight)
     return model
 
@@ -215,6 +224,17 @@ def _last_layer(model: PreTrainedModel) -> nn.Linear:
     return layers[-1]
 
 
+def _keep_score_in_float32(model: PreTrainedModel) -> None:
+    """A score in bf16 has three digits. The layer casts what it reads, whatever the type of the layers before it."""
+    for head in head_parts(model).values():
+        if any(parameter.dtype != torch.float32 for parameter in head.parameters()):
+            head.float().register_forward_pre_hook(_cast_to_float32)
+
+
+def _cast_to_float32(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(tensor.float() for tensor in inputs)
+
+
 def _same_family(policy: str | Path, reward: str | Path, revision: str | None, trust_remote_code: bool) -> bool:
     """Whether a reward model has the policy's architecture and vocabulary, and reads as long a text."""
 
@@ -230,12 +250,13 @@ def _same_family(policy: str | Path, reward: str | Path, revision: str | None, t
     return kind == reward_kind and vocabulary == reward_vocabulary and reward_length >= length
 
 
-def _load_weights(kind: Any, what: str, path: str | Path, revision: str | None, **options: Any) -> PreTrainedModel:
+def _load_weights(
+    kind: Any, what: str, path: str | Path, revision: str | None, dtype: Dtype, **options: Any
+) -> PreTrainedModel:
     """A model all of whose weights are in its files: transformers fills in random ones with just a warning."""
     with _quiet():
-        model, info = _load(
-            kind.from_pretrained, what, path, revision, dtype=torch.float32, output_loading_info=True, **options
-        )
+        options |= {"dtype": getattr(torch, dtype), "output_loading_info": True}
+        model, info = _load(kind.from_pretrained, what, path, revision, **options)
     if info["missing_keys"]:
         missing = ", ".join(sorted(info["missing_keys"])[:5])
         raise ModelError(

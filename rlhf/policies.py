@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from rlhf.artifacts import Store
-from rlhf.config import PipelineConfig
+from rlhf.config import Dtype, PipelineConfig
 from rlhf.errors import ArtifactError, ConfigError, NotCachedError
 from rlhf.plan import Planner, StagePlan
 from rlhf.runs import read_runs
@@ -20,15 +20,16 @@ MODELS = {"prepare": "base", "sft": "model", "reward": "model", "ppo": "model"} 
 
 
 class Place(NamedTuple):
-    """Where a model is: a local directory or a hub id."""
+    """Where a model is, a local directory or a hub id; and the type that its weights are kept in."""
 
     path: str
     revision: str | None = None
     trust_remote_code: bool = False
+    dtype: Dtype = "float32"
 
     @property
     def options(self) -> dict[str, Any]:
-        """For the loaders of ``rlhf.models``."""
+        """For the loaders of ``rlhf.models``, without the type, which a tokenizer has not."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
@@ -100,11 +101,11 @@ def _trained(config: PipelineConfig, found: dict[str, Path], notes: list[str]) -
     """The models in the artifacts of some stages."""
     model = config.model
     places = {
-        stage: Place(str(path / MODELS[stage]), trust_remote_code=model.trust_remote_code)
+        stage: Place(str(path / MODELS[stage]), trust_remote_code=model.trust_remote_code, dtype=model.dtype)
         for stage, path in found.items()
     }
     if model.path is not None:
-        places["prepare"] = Place(model.path, model.revision, model.trust_remote_code)
+        places["prepare"] = Place(model.path, model.revision, model.trust_remote_code, model.dtype)
     names = {"prepare": "base", "sft": "sft", "ppo": "ppo"}
     policies = {name: places[stage] for stage, name in names.items() if stage in places}
     if not policies:

@@ -80,7 +80,7 @@ def run(context: Context) -> dict[str, float]:
     training.seed_everything(config.seed)
     base = context.base_model()
     tokenizer = models.load_tokenizer(base, **context.model_options(base))
-    model: Any = models.load_policy(base, **context.model_options(base))
+    model: Any = models.load_policy(base, **context.model_options(base), dtype=config.model.dtype)
     encoder = bool(model.config.is_encoder_decoder)
     if config.model.lora_rank:
         model = adapt.add_lora(model, config.model.lora_rank, config.model.lora_alpha)

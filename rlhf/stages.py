@@ -31,7 +31,7 @@ class Stage(NamedTuple):
     reads_base: bool = False  # whether it opens the base model even when there is an SFT policy
 
 
-_LORA = ("model.lora_rank", "model.lora_alpha")
+_WEIGHTS = ("model.lora_rank", "model.lora_alpha", "model.dtype")
 _RANDOM_MODEL = tuple(
     f"model.{name}" for name in ("init", "architecture", "layers", "width", "heads", "context", "vocab_size")
 )
@@ -51,7 +51,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="sft",
             module="rlhf.sft",
-            settings=("sft", *_LORA),
+            settings=("sft", *_WEIGHTS),
             inputs={"prepare": ("demonstrations", "base")},
             libraries=(*_TORCH, "trl", "datasets"),
             reads_base=True,
@@ -59,7 +59,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="judge",
             module="rlhf.judge",
-            settings=("judge", *_LORA),
+            settings=("judge", *_WEIGHTS),
             inputs={
                 "prepare": ("preferences", "ratings", "prompts", "base"),
                 "sft": ("model",),
@@ -69,7 +69,7 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="reward",
             module="rlhf.reward",
-            settings=("reward", *_LORA),
+            settings=("reward", *_WEIGHTS),
             inputs={
                 "prepare": ("demonstrations", "preferences", "ratings", "base"),
                 "sft": ("model",),
@@ -80,14 +80,14 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="ppo",
             module="rlhf.ppo.stage",
-            settings=("ppo", *_LORA),
+            settings=("ppo", *_WEIGHTS),
             inputs={"prepare": ("prompts", "base"), "sft": ("model",), "reward": ("model",)},
             libraries=_TORCH,
         ),
         Stage(
             name="evaluate",
             module="rlhf.evaluate",
-            settings=("evaluate",),
+            settings=("evaluate", "model.dtype"),
             inputs={
                 "prepare": ("prompts", "base"),
                 "sft": ("model",),

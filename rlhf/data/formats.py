@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from rlhf.data.json_array import array_items
 from rlhf.data.problems import BadRows
+from rlhf.data.sources import HubDataset
 from rlhf.errors import DataError
 from rlhf.explain import did_you_mean, show
 
@@ -290,6 +291,25 @@ def _read_saved(path: Path, where: str) -> Iterator[Part]:
         raise
     except Exception as error:  # whatever its reader trips over
         raise DataError(f"{where}: {path} is damaged: {type(error).__name__}: {error}") from error
+
+
+def hub_parts(dataset: HubDataset, name: str, where: str) -> Iterator[Part]:
+    """The rows of one split of a dataset of the hub, which is fetched into the cache first.
+
+    Raises:
+        DataError: it cannot be had, or has no such configuration or split.
+    """
+    import datasets
+
+    from rlhf.hub import resolve_commit
+
+    commit = resolve_commit(dataset.name, dataset.revision, where, "dataset")
+    try:
+        loaded = datasets.load_dataset(dataset.name, dataset.config, split=dataset.split, revision=commit)
+    except Exception as error:  # a missing split or configuration, a format that it does not read, the network
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{where}: {name}, config {dataset.config}: {type(error).__name__}: {reason}") from error
+    yield from dataset_parts(loaded, name)
 
 
 def dataset_parts(dataset: Dataset, name: str) -> Iterator[Part]:

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from rlhf.config import PipelineConfig
 from rlhf.data import chat, computed
 from rlhf.data.columns import CellType, Problem, check_names, converted, one_type, problems_of, typed
-from rlhf.data.formats import Origin, Part, dataset_parts, read_file
+from rlhf.data.formats import Origin, Part, hub_parts, read_file
 from rlhf.data.problems import BadRows, Quarantine
 from rlhf.data.roles import Maker, Roles, Texts, roles_of
 from rlhf.data.settings import Data
@@ -325,9 +325,7 @@ def _read_source(source: Source, where: str, bad: BadRows, encoding: str) -> Ite
     if isinstance(source.place, Path):
         yield from read_file(source.place, where, bad, encoding)
     else:
-        from rlhf.hub import load_dataset
-
-        yield from dataset_parts(load_dataset(*source.place, where), source.shown)
+        yield from hub_parts(source.place, source.shown, where)
 
 
 def _read_rows(data: Data, kind: str) -> Iterator[Part]:

@@ -119,7 +119,8 @@ def _samples(context: Context, split: str, columns: Mapping[str, list[Any]]) -> 
     path = context.sft_model()
     tokenizer = models.load_tokenizer(path, **context.model_options(path))
     with training.quiet():
-        policy = Policy(models.load_policy(path, **context.model_options(path)).to(device).eval())
+        model = models.load_policy(path, **context.model_options(path), dtype=config.model.dtype)
+        policy = Policy(model.to(device).eval())
     check_policy(policy)
     encoder = policy.language_model.config.is_encoder_decoder
     texts = [prompt for prompt in columns["prompt"] for _ in range(section.samples)]

@@ -47,7 +47,7 @@ def run(context: Context) -> dict[str, float]:
     accelerator = make_accelerator(config.resources)
     where = context.model_options(context.sft_model())
     tokenizer = models.load_tokenizer(context.sft_model(), **where)
-    policy = Policy(models.load_policy(context.sft_model(), **where))
+    policy = Policy(models.load_policy(context.sft_model(), **where, dtype=config.model.dtype))
     encoder = policy.language_model.config.is_encoder_decoder
     value_model = _value_model(context, policy) if config.ppo.value_model == "separate" else None
     policy.model = _trainable(policy.model, config)
@@ -139,16 +139,17 @@ def _value_model(context: Context, policy: Policy) -> ValueModel:
     if policy.language_model.config.is_encoder_decoder:
         return ValueModel.like(policy)
     reward = context.input("reward/model") if context.has("reward/model") else None
-    return ValueModel(
-        models.value_model_from(context.sft_model(), reward, **context.model_options(context.sft_model()))
-    )
+    where = context.model_options(context.sft_model())
+    dtype = context.config.model.dtype
+    return ValueModel(models.value_model_from(context.sft_model(), reward, **where, dtype=dtype))
 
 
 def _reward_model(context: Context, device: torch.device) -> rewards.RewardModel | None:
     if not context.config.ppo.uses_model:
         return None
     path, trusted = context.input("reward/model"), context.config.model.trust_remote_code
-    model = models.load_reward_model(path, trust_remote_code=trusted).to(device).eval().requires_grad_(False)
+    model = models.load_reward_model(path, trust_remote_code=trusted, dtype=context.config.model.dtype)
+    model.to(device).eval().requires_grad_(False)
     adapt.fuse_gelu(model)
     return rewards.RewardModel(model, models.load_tokenizer(path, trust_remote_code=trusted))
 

@@ -150,9 +150,9 @@ def _start(context: Context) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     path = context.config.reward.path or context.sft_model()
     options = context.model_options(path)
     try:
-        model = models.load_reward_model(path, **options)
+        model = models.load_reward_model(path, **options, dtype=context.config.model.dtype)
     except ModelError:  # it has no trained head; what else is wrong with it, the next line says too
-        model = models.reward_from_policy(path, **options)
+        model = models.reward_from_policy(path, **options, dtype=context.config.model.dtype)
     tokenizer = models.load_tokenizer(path, **options)
     if getattr(model.config, "eos_token_id", None) is None:  # an encoder, whose [SEP] it is
         model.config.eos_token_id = tokenizer.eos_token_id

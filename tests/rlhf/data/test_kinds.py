@@ -353,3 +353,30 @@ def test_a_source_may_say_its_split(tmp_path: Path) -> None:
 )
 def test_names_of_hub_datasets(name: str, fragment: str, tmp_path: Path) -> None:
     assert fragment in error_of(tmp_path, prompts=name)
+
+
+def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the two calls that need a network answered here."""
+    import datasets
+
+    from rlhf import hub
+
+    asked: list[Any] = []
+
+    def load_dataset(*args: Any, **options: Any) -> datasets.Dataset:
+        asked.append((args, options))
+        return datasets.Dataset.from_list([{"prompt": f"p{i}"} for i in range(3)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "_ask", lambda name, revision, kind: ("c" * 40, kind))
+    made = Prepared(tmp_path, prompts="hub:owner/name?config=x&split=test&revision=refs/convert/parquet")
+    assert {row["prompt"] for row in made.rows("prompts")} == {"p0", "p1", "p2"}
+    assert asked == [(("owner/name", "x"), {"split": "test", "revision": "c" * 40})]
+
+
+def test_a_dataset_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRANSFORMERS_OFFLINE", "1")
+    message = error_of(tmp_path, prompts="hub:owner/nothing-like-it")
+    assert message.startswith("data.prompts: dataset 'owner/nothing-like-it' (revision main) cannot be fetched")
+    assert "datasets--owner--nothing-like-it" in message
+    assert "Name local files with the same columns" in message

@@ -1,4 +1,4 @@
-"""An encoder-decoder from random weights through prepare, sft, ppo with a Python reward, and evaluate."""
+"""Tiny random models through all stages: an encoder-decoder with a Python reward, and frozen weights in bf16."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM
 
+from rlhf import models
 from rlhf.config import PipelineConfig
 from rlhf.context import Context
+from rlhf.errors import DataError
 from rlhf.stages import STAGES, enabled_stages
 from rlhf.tracker import JournalTracker
 
@@ -26,7 +30,10 @@ Finals = dict[str, float]
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., Finals]:
     """Runs every stage, each on what those before it left; their final metrics. Artifacts: ``tmp_path/<stage>``."""
-    rows = [{"prompt": " ".join(words), "response": words[0]} for words in itertools.permutations(WORDS, 3)]
+    rows = [
+        {"prompt": " ".join(words), "response": words[0], "chosen": words[0], "rejected": " ".join(words[1:])}
+        for words in itertools.permutations(WORDS, 3)
+    ]
     (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     (tmp_path / "rewards.py").write_text(REWARD)
     sections: dict[str, Any] = {
@@ -43,8 +50,13 @@ def run(tmp_path: Path) -> Callable[..., Finals]:
         "resources": {"device": "cpu", "threads": 1},
     }  # fmt: skip
 
-    def stages(**model: Any) -> Finals:
-        config = PipelineConfig.model_validate(sections | {"model": sections["model"] | model})
+    def stages(with_reward_model: bool = False, **model: Any) -> Finals:
+        changed = sections | {"model": sections["model"] | model}
+        if with_reward_model:
+            changed["data"] = changed["data"] | {"preferences": changed["data"]["demonstrations"]}
+            changed["reward"] = {"epochs": 2, "batch_size": 8, "learning_rate": 1e-2}
+            changed["ppo"] = changed["ppo"] | {"rewards": {"model": 1.0}}
+        config = PipelineConfig.model_validate(changed)
         inputs: dict[str, Path] = {}
         finals: Finals = {}
         for name in enabled_stages(config):
@@ -59,15 +71,46 @@ def run(tmp_path: Path) -> Callable[..., Finals]:
     return stages
 
 
-@pytest.mark.parametrize("options", [{}, {"lora_rank": 2, "gradient_checkpointing": True}], ids=["full", "lora"])
+LORA = {"lora_rank": 2, "gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize("options", [{}, LORA, LORA | {"dtype": "bfloat16"}], ids=["full", "lora", "bf16"])
 def test_an_encoder_decoder_goes_all_the_way(
     run: Callable[..., Finals], options: dict[str, Any], tmp_path: Path
 ) -> None:
     finals = run(**options)
     assert finals["sft/validation_loss"] < math.log(270) - 1
     assert finals["evaluate/sft/brief"] > finals["evaluate/base/brief"]
-    assert finals["evaluate/sft/kl"] == 0.0
+    assert finals["evaluate/sft/kl"] == 0.0  # the reference is the same model in the same type
     assert 0.0 < finals["evaluate/ppo/kl"] < finals["evaluate/base/kl"]
     for stage in ("sft", "ppo"):
         assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / stage / "model").config.model_type == "t5"
     assert (tmp_path / "evaluate/report.html").exists()
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_frozen_weights_in_bf16_go_all_the_way(
+    run: Callable[..., Finals], architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = []
+    original = models._load_weights
+
+    def spy(*arguments: Any, **options: Any) -> Any:
+        model = original(*arguments, **options)
+        loaded.append(model.dtype)
+        return model
+
+    monkeypatch.setattr(models, "_load_weights", spy)
+    finals = run(with_reward_model=True, architecture=architecture, lora_rank=2, dtype="bfloat16")
+    assert set(loaded) == {torch.bfloat16}
+    assert finals["sft/validation_loss"] < math.log(270)
+    assert finals["reward/test_accuracy"] > 0.6
+    assert finals["evaluate/sft/kl"] == 0.0
+    for path in tmp_path.glob("*/*model*/model.safetensors"):
+        assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}, path
+
+
+def test_a_t5_has_the_context_that_was_asked_for(run: Callable[..., Finals]) -> None:
+    """Its positions are relative and know no limit; prepare does."""
+    with pytest.raises(DataError, match="the model's context"):
+        run(context=10)
