@@ -118,8 +118,7 @@ def _presets(options: argparse.Namespace, console: Console) -> None:
     if options.json:
         print(json.dumps([preset._asdict() for preset in presets().values()], indent=1))
         return
-    rows = [(p.name, p.description, p.needs, ", ".join(p.sizes)) for p in presets().values()]
-    summary.print_table(("preset", "what it does", "needs", "sizes"), rows, console)
+    summary.print_presets(presets().values(), console)
 
 
 def _show(options: argparse.Namespace, console: Console) -> None:

@@ -7,11 +7,14 @@ from collections.abc import Iterable, Sequence
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
+from rich.text import Text
 
 from rlhf.artifacts import Store
 from rlhf.config import PipelineConfig
 from rlhf.plan import StagePlan
+from rlhf.settings import Preset
 
 REASONS_SHOWN = 4
 POLICIES = ("base", "sft", "ppo", "reference")
@@ -35,6 +38,17 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[str]], console: Con
     for row in rows:
         table.add_row(*(escape(str(cell)) for cell in row))
     console.print(table)
+
+
+def print_presets(presets: Iterable[Preset], console: Console) -> None:
+    """One paragraph for each preset."""
+    for preset in presets:
+        sizes = f"   (--size {', '.join(preset.sizes)})" if preset.sizes else ""
+        console.print()
+        console.print(f"[bold]{preset.name}[/bold][dim]{sizes}[/dim]", highlight=False)
+        for text in (preset.description, f"Needs {preset.needs}"):
+            console.print(Padding(Text(text), (0, 0, 0, 2)))
+    console.print()
 
 
 def print_plan(plans: Sequence[StagePlan], console: Console) -> None:

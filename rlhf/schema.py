@@ -108,7 +108,13 @@ def written(value: Any) -> Any:
     """A value of a setting as one would write it: the entries of a mapping of functions as short as they may be."""
     if not isinstance(value, Mapping):
         return value
-    return {name: item.written(name) if isinstance(item, FunctionSpec) else item for name, item in value.items()}
+    return {name: _written(name, item) for name, item in value.items()}
+
+
+def _written(name: str, item: Any) -> Any:
+    if isinstance(item, FunctionSpec):
+        return item.written(name)
+    return item.model_dump(mode="json", exclude_defaults=True) if isinstance(item, Section) else item
 
 
 def _check_builtin(name: str, arguments: Mapping[str, JsonValue]) -> None:

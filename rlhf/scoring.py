@@ -19,9 +19,10 @@ def score_token_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) ->
     """
     if not texts:
         return []
-    eos, eos_id = str(tokenizer.eos_token), tokenizer.eos_token_id
-    rows: list[list[int]] = tokenizer([text.removesuffix(eos) for text in texts])["input_ids"]
-    return [row if row[-1:] == [eos_id] else [*row, eos_id] for row in rows]
+    ends = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
+    bare = [text.removesuffix(tokenizer.eos_token or "") for text in texts]
+    rows: list[list[int]] = tokenizer(bare)["input_ids"]
+    return [row if row and row[-1] in ends else [*row, tokenizer.eos_token_id] for row in rows]
 
 
 def usable_length(model: PreTrainedModel) -> int | None:

@@ -85,8 +85,14 @@ class Lengths:
     def _of(self, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
         new = iter(dict.fromkeys(text for text in texts if text not in self._known))
         while batch := list(islice(new, BATCH)):
-            self._known.update(zip(batch, map(len, self._ids(batch)), strict=True))
+            self._known.update(zip(batch, self._sizes(batch), strict=True))
         return np.array([self._known[text] for text in texts], dtype=np.int64)
+
+    def _sizes(self, texts: list[str]) -> list[int]:
+        if self._tokenizer.is_fast:  # what wraps its back end would also make lists of all that it knows
+            encodings = self._tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+            return [len(encoding) for encoding in encodings]
+        return [len(ids) for ids in self._ids(texts)]
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         encoded = self._tokenizer(

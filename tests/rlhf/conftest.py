@@ -75,7 +75,9 @@ class Toy:
         """One attempt at a stage; attempts of the same ``run`` share checkpoints and journal."""
         sections: dict[str, Any] = {
             "seed": 3,
-            "data": {"demonstrations": "x.jsonl", "preferences": "x.jsonl"} if data is None else data,
+            "data": {"demonstrations": "x.jsonl", "preferences": "x.jsonl", "ratings": "x.jsonl"}
+            if data is None
+            else data,
             "model": {"init": "random", "layers": 2, "width": 16, "heads": 2, "context": 48, "vocab_size": 270},
             "resources": {"device": "cpu", "threads": 1},
             "ppo": {"max_new_tokens": 8},

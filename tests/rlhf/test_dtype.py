@@ -102,4 +102,4 @@ def test_without_any_training_every_type_will_do(toy: Any) -> None:
 
 def test_the_type_is_in_the_key_of_the_stages_that_read_it() -> None:
     keyed = {name for name, stage in STAGES.items() if "model.dtype" in stage.settings}
-    assert keyed == {"sft", "reward", "ppo", "evaluate"}
+    assert keyed == {"sft", "judge", "reward", "ppo", "evaluate"}

@@ -319,13 +319,13 @@ def test_no_text_is_tokenized_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = train_tokenizer(["some words"], 260, 64)
     lengths = Lengths(tokenizer)
     seen: list[str] = []
-    ids = lengths._ids
+    sizes = lengths._sizes
 
-    def watched(texts: list[str]) -> list[list[int]]:
+    def watched(texts: list[str]) -> list[int]:
         seen.extend(texts)
-        return ids(texts)
+        return sizes(texts)
 
-    monkeypatch.setattr(lengths, "_ids", watched)
+    monkeypatch.setattr(lengths, "_sizes", watched)
     assert lengths.of_prompts(["ab", "c", "ab"]).tolist() == [2, 1, 2]
     assert lengths.of_responses(["c", "def"]).tolist() == [2, 4]
     assert seen == ["ab", "c", "def"]

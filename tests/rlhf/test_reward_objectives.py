@@ -314,7 +314,8 @@ def test_ratings_are_declared_and_need_not_be_there(toy: Any) -> None:
     assert "ratings" in inputs["prepare"]
     assert "ratings" in inputs["judge"]
     context = toy.context("reward")
-    assert "ratings" in stage_inputs("reward", context.config)["prepare"]
+    judged = "judge" if context.config.judge.enabled else "prepare"
+    assert "ratings" in stage_inputs("reward", context.config)[judged]
     assert not context.has("prepare/ratings/train.parquet")
     assert not context.has("judge/ratings/train.parquet")  # the judge is off here
 

@@ -104,7 +104,7 @@ def test_a_built_ins_model_counts_by_content_or_commit(tmp_path: Path, monkeypat
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder" / "config.json").write_text("{}")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("rlhf.hub.resolve_commit", lambda name, revision: "c0ffee")
+    monkeypatch.setattr("rlhf.hub.resolve_commit", lambda name, revision, option: "c0ffee")
 
     def of(model: str) -> Any:
         found = ingredients(tmp_path, {"semantic_similarity": {"arguments": {"model": model}}})

@@ -13,16 +13,17 @@ import time
 from pathlib import Path
 
 WORDS = ["market", "river", "letter", "window", "engine", "garden", "winter", "signal", "doctor", "bridge"]
+SENTENCES = [" ".join(WORDS[(i * 7 + j * (i % 9 + 1)) % 10] for j in range(34)) for i in range(90)]
 
 
 def generate(path: Path, rows: int) -> None:
-    """About 500 bytes a row."""
+    """About 500 bytes a row; a quarter of the responses has a comma, quotes and a line end."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["prompt", "response", "source"])
         for row in range(rows):
-            words = [WORDS[(row * 7 + i * (row % 11 + 1)) % 10] for i in range(64)]
-            writer.writerow([f"Row {row}: " + " ".join(words[:48]), " ".join(words[16:]) + f', "{row}"', row % 97])
+            odd = ', "well"\n' if row % 4 == 0 else " "
+            writer.writerow([f"Row {row}: {SENTENCES[row % 90]}", f"{SENTENCES[row * 7 % 90]}{odd}{row}", row % 97])
 
 
 def main() -> None:
