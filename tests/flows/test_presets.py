@@ -1,4 +1,4 @@
-"""Every preset runs from start to end without the hub: tiny models of its architectures, data with the hub's columns."""
+"""Every preset runs from start to end without the hub: tiny models of its architectures, data of the same columns."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 ROWS = 120
+SIDES = ("chosen", "rejected")
 WORDS = ("river", "letter", "garden", "winter", "market", "bridge", "doctor", "engine", "window", "signal")
 
 
@@ -42,7 +43,7 @@ def sentence(number: int, length: int) -> str:
     return " ".join(WORDS[(number * 3 + i * (number % 4 + 1)) % 10] for i in range(length)) + "."
 
 
-# ---------------------------------------------------------------------------------------------------------------- models
+# -------------------------------------------------------------------------------------------------------------- models
 def tokenizer(encoder: bool) -> PreTrainedTokenizerFast:
     made = train_tokenizer([sentence(i, 12) for i in range(60)], 400, 256)
     if encoder:
@@ -89,7 +90,7 @@ def tiny(kind: str, folder: Path) -> str:
     return str(folder / kind)
 
 
-# ------------------------------------------------------------------------------------------------------------------ data
+# ---------------------------------------------------------------------------------------------------------------- data
 def table(folder: Path, name: str, columns: dict[str, list[Any]]) -> str:
     path = folder / name
     if path.suffix == ".parquet":
@@ -109,14 +110,12 @@ def openai_comparisons(folder: Path) -> str:
 
 def flat_comparisons(folder: Path) -> str:
     prompts = [f"SUBREDDIT: r/a\n\nTITLE: b\n\nPOST: {sentence(i, 9)} {i}\n\nTL;DR:" for i in range(ROWS)]
-    sides = {side: [sentence(i + n, 4 + n) for i in range(ROWS)] for n, side in enumerate(("chosen", "rejected"))}
+    sides = {side: [sentence(i + n, 4 + n) for i in range(ROWS)] for n, side in enumerate(SIDES)}
     return table(folder, "f.parquet", {"prompt": prompts, **sides})
 
 
 def pairs(folder: Path, name: str = "pairs.jsonl") -> str:
-    sides = {
-        side: [f"{sentence(i + n, 3 + n)} {n}" for i in range(ROWS)] for n, side in enumerate(("chosen", "rejected"))
-    }
+    sides = {side: [f"{sentence(i + n, 3 + n)} {n}" for i in range(ROWS)] for n, side in enumerate(SIDES)}
     return table(folder, name, {"prompt": [f"{sentence(i, 5)} {i}?" for i in range(ROWS)], **sides})
 
 
@@ -130,10 +129,8 @@ def conversations(folder: Path) -> str:
         question = {"role": "user", "content": f"{sentence(i, 5)} {i}?"}
         return [question, {"role": "assistant", "content": sentence(i + n, 4 + n)}]
 
-    columns: dict[str, list[Any]] = {
-        side: [talk(i, n) for i in range(ROWS)] for n, side in enumerate(("chosen", "rejected"))
-    }
-    return table(folder, "u.jsonl", columns | {f"score_{side}": [1.0] * ROWS for side in ("chosen", "rejected")})
+    columns: dict[str, list[Any]] = {side: [talk(i, n) for i in range(ROWS)] for n, side in enumerate(SIDES)}
+    return table(folder, "u.jsonl", columns | {f"score_{side}": [1.0] * ROWS for side in SIDES})
 
 
 def reviews(folder: Path) -> str:

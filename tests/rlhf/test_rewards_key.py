@@ -113,9 +113,9 @@ def test_a_built_ins_model_counts_by_content_or_commit(tmp_path: Path, monkeypat
     assert len(of(str(tmp_path / "encoder"))) == 64
     assert of("org/encoder") == "org/encoder@c0ffee"
 
-    def nowhere(name: str, revision: str | None) -> str:
-        raise ModelError("it is nowhere")
+    def nowhere(name: str, revision: str | None, option: str) -> str:
+        raise ModelError(f"set {option}")
 
     monkeypatch.setattr("rlhf.hub.resolve_commit", nowhere)
-    with pytest.raises(ModelError, match=r"^ppo.rewards.semantic_similarity.arguments.model: it is nowhere"):
+    with pytest.raises(ModelError, match=r"^set ppo\.rewards\.semantic_similarity\.arguments\.model$"):
         of("org/encoder")
