@@ -372,3 +372,10 @@ def test_a_pretrained_model(project: Path, prepared: Prepared, tmp_path: Path) -
     replace(tmp_path / "demonstrations.jsonl", "What is 7 plus 7?", "word " * 99)
     with pytest.raises(InputError, match="the model's context is 64"):
         check(settings.load(project, overrides=path))
+
+
+def test_a_word_without_an_end() -> None:
+    """Merges within one long word take the square of its length: a megabyte of it would take hours."""
+    for text in ("x" * 1_000_000, " " * 1_000_000):
+        tokenizer = train_tokenizer([text, "a few words"], 300, 64)
+        assert 0 < Lengths(tokenizer).of_responses([text])[0] < 1_000_000
