@@ -27,7 +27,7 @@ from rlhf.fingerprint import PACKAGE, ROOT, code_fingerprint, function_file, imp
 from rlhf.locations import named_by_argument
 from rlhf.rewards.registry import find, is_builtin
 from rlhf.schema import FunctionSpec, Section
-from rlhf.stages import STAGES, StageName, enabled_stages, reads_base, stage_inputs
+from rlhf.stages import STAGES, StageName, enabled_stages, reads_base, stage_inputs, stage_modules
 
 NEVER_RUN = "never run"
 FUNCTIONS = {"judge": "rewards", "ppo": "rewards", "evaluate": "scorers"}  # the setting of a stage that names functions
@@ -158,8 +158,9 @@ class Planner:
             for part in parts:
                 if source in outputs and part in outputs[source].parts:
                     table[f"input {source}/{part}"] = outputs[source].parts[part]
-        for path in import_closure(spec.module).values():
-            table[f"code {_shown(path)}"] = code_fingerprint(path)
+        for module in stage_modules(stage, self.config):
+            for path in import_closure(module).values():
+                table[f"code {_shown(path)}"] = code_fingerprint(path)
         for name, called in self._functions(stage).items():
             table.update(_code_of(called.function))
             for argument, value in called.arguments.items():

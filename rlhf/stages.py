@@ -101,6 +101,20 @@ STAGES: dict[str, Stage] = {
 }
 
 
+# Parts of the judge that it loads by name, where the configuration asks for them: their code (and all that it imports)
+# is in its key only then, so that a change of the PPO engine does not concern a judge that samples nothing.
+JUDGE_SAMPLING, JUDGE_MODEL = "rlhf.judge.sampling", "rlhf.judge.learned"
+
+
+def stage_modules(name: str, config: PipelineConfig) -> tuple[str, ...]:
+    """The modules that a stage runs, and whose code is in its key with all that they import."""
+    modules = [STAGES[name].module]
+    if name == "judge":
+        modules += [JUDGE_SAMPLING] if config.judge.samples else []
+        modules += [JUDGE_MODEL] if config.judge.by == "model" else []
+    return tuple(modules)
+
+
 def enabled_stages(config: PipelineConfig) -> tuple[str, ...]:
     """Names of the stages that are on, in their order. ``prepare`` always is."""
     return tuple(name for name in STAGES if name == "prepare" or getattr(config, name).enabled)

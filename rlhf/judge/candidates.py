@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
-from rlhf import models, training
 from rlhf.intervals import Floats
 from rlhf.judge.judges import Judge
-from rlhf.ppo import batching
-from rlhf.ppo.batching import Prompts
-from rlhf.ppo.checks import check_policy
-from rlhf.ppo.policy import Policy
-from rlhf.ppo.rollout import collect
+from rlhf.stages import JUDGE_SAMPLING
 
 if TYPE_CHECKING:
     from rlhf.context import Context
@@ -98,9 +93,10 @@ def of_split(context: Context, split: str) -> list[Group]:
     columns = pq.read_table(context.input(f"prepare/prompts/{split}.parquet")).slice(0, section.prompts).to_pydict()
     if not columns["prompt"]:
         return []
+    sampled = import_module(JUDGE_SAMPLING).samples(context, split, columns["prompt"])  # by name: see rlhf.stages
     return [
         _group(prompt, answers, {name: values[row] for name, values in columns.items() if name != "prompt"}, context)
-        for row, (prompt, answers) in enumerate(zip(columns["prompt"], _samples(context, split, columns), strict=True))
+        for row, (prompt, answers) in enumerate(zip(columns["prompt"], sampled, strict=True))
     ]
 
 
@@ -109,34 +105,6 @@ def _group(prompt: str, answers: list[str], columns: dict[str, Any], context: Co
     given = [*answers, *([reference] if context.config.judge.with_reference and reference else [])]
     different = list(dict.fromkeys(text for text in given if text.strip()))
     return Group(prompt, different, columns, len(given) - len(different))
-
-
-def _samples(context: Context, split: str, columns: Mapping[str, list[Any]]) -> Iterator[list[str]]:
-    """So many samples of the SFT policy to each prompt as ``judge.samples`` says."""
-    config, section = context.config, context.config.judge
-    training.set_up_cpu(config.resources)
-    device = training.device_of(config.resources)
-    path = context.sft_model()
-    tokenizer = models.load_tokenizer(path, **context.model_options(path))
-    with training.quiet():
-        model = models.load_policy(path, **context.model_options(path), dtype=config.model.dtype)
-        policy = Policy(model.to(device).eval())
-    check_policy(policy)
-    encoder = policy.language_model.config.is_encoder_decoder
-    texts = [prompt for prompt in columns["prompt"] for _ in range(section.samples)]
-    prompts = Prompts(texts, models.prompt_token_ids(tokenizer, texts, encoder), {})
-    room = prompts.token_ids, section.max_new_tokens
-    models.check_room(*room, policy.language_model, f"prompts/{split}", "judge.max_new_tokens")
-    size = section.batch_size * section.samples
-    generator = batching.generator(config.seed, f"judge {split}")
-    for start in range(0, len(texts), size):
-        rows = range(start, min(start + size, len(texts)))
-        uniforms = torch.rand(len(rows), section.max_new_tokens, generator=generator)
-        with torch.no_grad(), training.autocast(config.resources):
-            found = collect(policy, tokenizer, prompts.select(rows), uniforms, section.temperature, device)
-        for row in range(0, len(rows), section.samples):
-            yield found.responses[row : row + section.samples]
-        context.tracker.progress(start + len(rows), len(texts))
 
 
 def judged(judge: Judge, groups: list[Group]) -> Verdicts:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
-import torch
 
-from rlhf import rewards, training
+from rlhf import rewards
 from rlhf.errors import RewardError
 from rlhf.intervals import Floats
+from rlhf.stages import JUDGE_MODEL
 
 if TYPE_CHECKING:
     from rlhf.context import Context
@@ -128,24 +129,5 @@ def make_judge(context: Context) -> Judge:
         case "comparison":
             return ByComparison(rewards.load_function(str(section.function)), str(section.function))
         case "model":
-            return ByScore(_judge_model(context))
+            return ByScore(import_module(JUDGE_MODEL).judge_model(context))  # by name: see rlhf.stages
     raise AssertionError(f"people judged already, so there is no judge {section.by!r}")
-
-
-def _judge_model(context: Context) -> Callable[[Sequence[str], Sequence[str], Columns], Sequence[float]]:
-    """Train the judge model on people's labels, as the reward stage would with the section ``judge.model``."""
-    from rlhf import reward
-
-    section = context.config.judge.model
-    training.set_up_cpu(context.config.resources)
-    training.seed_everything(context.config.seed)
-    config = context.config.model_copy(update={"reward": section})
-    model, tokenizer, _ = reward.learn(replace(context, config=config))
-    model.eval().requires_grad_(False)
-    scorer = rewards.RewardModel(model, tokenizer)
-
-    def score(prompts: Sequence[str], responses: Sequence[str], columns: Columns) -> Sequence[float]:
-        with torch.no_grad(), training.autocast(context.config.resources):
-            return scorer(prompts, responses, columns)
-
-    return score

@@ -3,13 +3,15 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlhf import fingerprint
+from rlhf.config import PipelineConfig
 from rlhf.errors import ConfigError
 from rlhf.fingerprint import WITHOUT_NUMBERS, code_fingerprint, function_file, import_closure
-from rlhf.stages import STAGES
+from rlhf.stages import STAGES, stage_modules
 
 CODE = '''"""Module."""
 def f(x):
@@ -82,7 +84,21 @@ def test_the_closure_is_what_a_stage_really_imports(stage: str) -> None:
 def test_ppo_code_concerns_ppo_and_what_comes_after() -> None:
     with_core = {stage for stage, spec in STAGES.items() if "rlhf.ppo.core" in import_closure(spec.module)}
     assert "ppo" in with_core
-    assert with_core <= {"judge", "ppo", "evaluate"}  # the judge may sample the policy
+    assert with_core <= {"ppo", "evaluate"}
+
+
+def test_the_judge_has_the_code_of_what_it_does() -> None:
+    def code(**section: Any) -> set[str]:
+        data = {"prompts": "x.jsonl", "preferences": "x.jsonl"}
+        off = dict.fromkeys(("sft", "ppo", "evaluate"), "off")
+        config = PipelineConfig.model_validate({**off, "data": data, "model": {"init": "random"}, "judge": section})
+        return {name for module in stage_modules("judge", config) for name in import_closure(module)}
+
+    plain, rules = code(), {"by": "rewards", "rewards": {"brevity": 1.0}}
+    assert not plain & {"rlhf.ppo.core", "rlhf.reward"}
+    assert "rlhf.ppo.core" in code(**rules, samples=2)
+    assert "rlhf.reward" not in code(**rules, samples=2)
+    assert "rlhf.reward" in code(by="model")
 
 
 def test_every_module_without_numbers_exists() -> None:

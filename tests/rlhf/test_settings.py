@@ -115,7 +115,9 @@ def test_sizes(file: Path) -> None:
 
 
 def test_presets_of_files(file: Path) -> None:
-    assert f"{file}:1: there is no preset 'dmeo' (presets: demo" in error_of(file, "preset: dmeo\n")
+    message = error_of(file, "preset: dmeo\n")
+    assert f"{file}:1: there is no preset 'dmeo' (presets: custom-flan-t5, " in message
+    assert "did you mean 'demo'?" in message
     assert f"{file}:1: preset is 3; must be text" in error_of(file, "preset: 3\n")
 
 
