@@ -40,6 +40,13 @@ class Problem(NamedTuple):
     words: str
 
 
+class BadRow(NamedTuple):
+    """Where in a row something is wrong, such as ``column 'prompt'`` ("" for the row as a whole), and what."""
+
+    where: str
+    problem: Problem
+
+
 def check_names(names: Sequence[str], columns: Sequence[Column], path: str, where: str) -> None:
     """See that a file with columns of these names has all that are needed, each once.
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
+from rlhf.data.columns import BadRow, Problem
+from rlhf.data.formats import Part
 from rlhf.data.settings import Computed
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, DataError
 
+Columns = Mapping[str, Sequence[Any]]
 Function = Callable[..., Sequence[Any]]  # lists of values by name of column -> a value for each row
 
 
@@ -38,7 +41,64 @@ def draw(texts: Sequence[Any], values: Sequence[Any]) -> list[Any]:
     return [values[point % len(values)] for point in points]
 
 
-def make(name: str, computed: Computed) -> tuple[Function, tuple[str, ...] | None]:
+class ComputedColumns:
+    """The columns of ``data.computed``. A later one may read an earlier one."""
+
+    def __init__(self, specs: Mapping[str, Computed]) -> None:
+        self.names = tuple(specs)
+        self._functions = {name: spec.function for name, spec in specs.items()}
+        self._specs = specs
+
+    @cached_property
+    def _made(self) -> dict[str, tuple[Function, tuple[str, ...] | None]]:
+        return {name: _make(name, spec) for name, spec in self._specs.items()}
+
+    def columns(self, part: Part, rows: list[int], bad: dict[int, BadRow], where: str) -> dict[str, list[Any]]:
+        """The columns for these rows of a part, null for others; a row that a function fails on is added to ``bad``.
+
+        Raises:
+            DataError: a function reads a column that is not there.
+            ConfigError: a function cannot be loaded.
+        """
+        made: dict[str, list[Any]] = {}
+        for name, (function, needs) in self._made.items():
+            there = {*part.names, *made}
+            for column in needs or ():
+                if column not in there:
+                    raise DataError(
+                        f"{where}: data.computed.{name} reads the column {column!r}, which {part.origin.path} "
+                        f"has not, only {', '.join(map(repr, part.names))}"
+                    )
+            columns = {column: made[column] if column in made else part.values(column) for column in needs or there}
+            made[name] = [None] * len(part.origin.numbers)
+            for row, value in self._values(name, function, columns, [row for row in rows if row not in bad], bad):
+                made[name][row] = value
+        return made
+
+    def _values(
+        self, name: str, function: Function, columns: Columns, rows: list[int], bad: dict[int, BadRow]
+    ) -> Iterator[tuple[int, Any]]:
+        """The value of each row; if the function fails on all of them together, it is asked row by row."""
+        try:
+            yield from zip(rows, _call(function, columns, rows), strict=True)
+            return
+        except Exception as error:
+            if len(rows) == 1:
+                words = f"the function {self._functions[name]!r} fails: {type(error).__name__}: {error}"
+                bad[rows[0]] = BadRow(f"computed column {name!r}", Problem("bad", words))
+                return
+        for row in rows:
+            yield from self._values(name, function, columns, [row], bad)
+
+
+def _call(function: Function, columns: Columns, rows: list[int]) -> list[Any]:
+    values = list(function(**{name: [column[row] for row in rows] for name, column in columns.items()}))
+    if len(values) != len(rows):
+        raise ValueError(f"it returned {len(values)} values for {len(rows)} rows")
+    return values
+
+
+def _make(name: str, computed: Computed) -> tuple[Function, tuple[str, ...] | None]:
     """The function of a column, and the columns that it reads; None where it takes all.
 
     Raises:

@@ -53,8 +53,10 @@ class Part(NamedTuple):
     def names(self) -> list[str]:
         return list(self.columns.column_names if isinstance(self.columns, pa.Table) else self.columns)
 
-    def values(self, name: str) -> list[Any]:
-        """The Python values of a column."""
+    def values(self, name: str, count: int = 0) -> list[Any]:
+        """The Python values of a column; so many nulls where these rows lack it."""
+        if name not in self.names:
+            return [None] * count
         column = self.columns[name]
         found: list[Any] = column if isinstance(column, list) else column.to_pylist()
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rlhf.config import PipelineConfig
-from rlhf.data import chat, computed
-from rlhf.data.columns import CellType, Problem, check_names, converted, one_type, problems_of, typed
+from rlhf.data import chat
+from rlhf.data.columns import BadRow, CellType, Column, Problem, check_names, converted, one_type, problems_of, typed
+from rlhf.data.computed import ComputedColumns
 from rlhf.data.formats import Origin, Part, hub_parts, read_file
 from rlhf.data.problems import BadRows, Quarantine
 from rlhf.data.roles import Maker, Roles, Texts, roles_of
@@ -70,6 +71,7 @@ class Reading:
         self.kind, self.where, self.places = kind, f"data.{kind}", Places()
         self._config, self._folder = config, folder
         self._maker = Maker(kind, config.data, template)
+        self._computed = ComputedColumns(config.data.computed)
         self._types: dict[str, pa.DataType] = {}
         self._columns: dict[str, str] = {}  # of the first file: name -> its path
         self.bad = BadRows(self.where, quarantine=quarantine)
@@ -81,10 +83,6 @@ class Reading:
     def count(self) -> int:
         """How many rows came in, those included that could not be read."""
         return self.places.count + self.bad.skipped.total() - self._bad_in_parts
-
-    @cached_property
-    def _computed(self) -> dict[str, tuple[computed.Function, tuple[str, ...] | None]]:
-        return {name: computed.make(name, spec) for name, spec in self._config.data.computed.items()}
 
     def read(self) -> Spool:
         """All rows.
@@ -113,8 +111,8 @@ class Reading:
         before, bad_before = self.places.count, self.bad.count + self.bad.skipped.total()
         for part in parts:
             if roles is None and part.names:
-                roles = roles_of(self.kind, part, list(self._computed), self._config)
-                there = [*part.names, *(name for name in self._computed if name not in part.names)]
+                roles = roles_of(self.kind, part, self._computed.names, self._config)
+                there = [*part.names, *(name for name in self._computed.names if name not in part.names)]
                 check_names(there, roles.columns, part.origin.path, self.where)
             names |= dict.fromkeys(part.names)
             if roles is not None and len(part.origin.numbers):
@@ -127,86 +125,40 @@ class Reading:
 
     def _add(self, part: Part, roles: Roles, cells: dict[str, CellType], split: str | None, spool: Spool) -> None:
         """Check rows, make their texts, and spool them."""
-        start, found = self.places.add(part.origin), dict[int, tuple[str, Problem]]()
-        values = {name: part.values(name) if name in part.names else [None] * len(part.origin.numbers)
-                  for name in {column.name for column in roles.columns} - self._computed.keys()}  # fmt: skip
+        start, bad = self.places.add(part.origin), dict[int, BadRow]()
+        count = len(part.origin.numbers)
+        values = {column.name: part.values(column.name, count) for column in roles.columns}
         for column in roles.columns:
-            if column.name not in self._computed:
-                for index, problem in problems_of(values[column.name], column, part.cells).items():
-                    found.setdefault(index, (f", column {column.name!r}", problem))
-                values[column.name] = converted(values[column.name], column) if part.cells else values[column.name]
-        good = [index for index in range(len(part.origin.numbers)) if index not in found]
-        extra = self._compute(part, good, found)
+            if column.name not in self._computed.names:
+                values[column.name] = _checked(values[column.name], column, part.cells, bad)
+        extra = self._computed.columns(part, [row for row in range(count) if row not in bad], bad, self.where)
+        values |= extra
         for column in roles.columns:
             if column.name in extra:
-                for index, problem in problems_of(extra[column.name], column, cells=False).items():
-                    found.setdefault(index, (f", computed column {column.name!r}", problem))
-        values |= extra
-        texts: list[Texts] = []
-        kept = []
-        for index in good:
-            if index not in found:
+                _checked(extra[column.name], column, False, bad)
+        texts: dict[int, Texts] = {}
+        for row in range(count):
+            if row not in bad:
                 try:
-                    texts.append(self._maker.texts({name: column[index] for name, column in values.items()}, roles))
-                    kept.append(index)
+                    texts[row] = self._maker.texts({name: column[row] for name, column in values.items()}, roles)
+                except InputError:
+                    raise
                 except ValueError as error:
-                    if isinstance(error, InputError):
-                        raise
-                    found[index] = ("", Problem("bad", str(error)))
-        self._bad_in_parts += len(found)
-        for index in sorted(found):
-            where, problem = found[index]
-            row = (
-                {name: part.values(name)[index] for name in part.names}
-                if self._config.data.bad_rows == "skip"
-                else None
-            )
-            self.bad.add(f"{part.origin.place(index)}{where}", problem.words, reason=problem.reason, row=row)
-        if kept:
-            spool.add(self._table(part, roles, texts, kept, extra, start, split, cells))
+                    bad[row] = BadRow("", Problem("bad", str(error)))
+        self._put_aside(part, bad)
+        if texts:
+            spool.add(self._table(part, roles, list(texts.values()), list(texts), extra, start, split, cells))
 
-    def _compute(self, part: Part, good: list[int], found: dict[int, tuple[str, Problem]]) -> dict[str, list[Any]]:
-        """The computed columns; a row that a function fails on is bad."""
-        made: dict[str, list[Any]] = {}
-        for name, (function, needs) in self._computed.items():
-            there = {*part.names, *made}
-            for column in needs or ():
-                if column not in there:
-                    raise DataError(
-                        f"{self.where}: data.computed.{name} reads the column {column!r}, which {part.origin.path} "
-                        f"has not, only {', '.join(map(repr, part.names))}"
-                    )
-            columns = {column: made[column] if column in made else part.values(column) for column in needs or there}
-            result: list[Any] = [None] * len(part.origin.numbers)
-            rows = [index for index in good if index not in found]
-            values = self._call(function, columns, rows)
-            if values is None:  # find the rows that it fails on
-                for index in rows:
-                    one = self._call(function, columns, [index])
-                    if one is None:
-                        words = f"the function {self._config.data.computed[name].function!r} fails: {self._failure}"
-                        found[index] = (f", computed column {name!r}", Problem("bad", words))
-                    else:
-                        result[index] = one[0]
-            else:
-                for index, value in zip(rows, values, strict=True):
-                    result[index] = value
-            made[name] = result
-        return made
-
-    _failure = ""
-
-    def _call(self, function: computed.Function, columns: dict[str, list[Any]], rows: list[int]) -> list[Any] | None:
-        """What a function gives for some rows; None where it fails, and ``_failure`` says how."""
-        try:
-            values = list(function(**{name: [column[i] for i in rows] for name, column in columns.items()}))
-        except Exception as error:
-            self._failure = f"{type(error).__name__}: {error}"
-            return None
-        if len(values) != len(rows):
-            self._failure = f"it returned {len(values)} values for {len(rows)} rows"
-            return None
-        return values
+    def _put_aside(self, part: Part, bad: Mapping[int, BadRow]) -> None:
+        """Count bad rows, and keep them if they are skipped."""
+        self._bad_in_parts += len(bad)
+        skips = self._config.data.bad_rows == "skip"
+        columns = {name: part.values(name) for name in part.names} if bad and skips else {}
+        for row in sorted(bad):
+            column, problem = bad[row]
+            whole = {name: values[row] for name, values in columns.items()}
+            where = part.origin.place(row) + (f", {column}" if column else "")
+            self.bad.add(where, problem.words, reason=problem.reason, row=whole)
 
     def _table(
         self,
@@ -298,6 +250,13 @@ class Reading:
                 f"{self.where}: the columns of {paths} cannot be stored, each as one type: {error}"
             ) from error
         return schema
+
+
+def _checked(values: list[Any], column: Column, cells: bool, bad: dict[int, BadRow]) -> list[Any]:
+    """The values of a column, cells that hold numbers as numbers; what is wrong with a row is added to ``bad``."""
+    for row, problem in problems_of(values, column, cells).items():
+        bad.setdefault(row, BadRow(f"column {column.name!r}", problem))
+    return converted(values, column) if cells else values
 
 
 def _as_text(value: Any) -> str:
