@@ -237,3 +237,18 @@ def test_bad_rows_without_any() -> None:
     bad = BadRows("data.prompts")
     bad.check("nothing")  # raises nothing
     assert bad.count == 0
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "utf-16-le", "cp1252", "utf-8-sig"])
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json"])
+def test_other_encodings(name: str, encoding: str, tmp_path: Path) -> None:
+    records = [{"prompt": "Grüße", "response": 'said "é",\nand ended'}, {"prompt": "ñ", "response": "x\r\ny"}]
+    path = write(tmp_path, name, records)
+    path.write_bytes(path.read_bytes().decode("utf-8").encode(encoding))
+    assert read(path, encoding=encoding).table.to_pylist() == records
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-16"])
+def test_the_wrong_encoding_is_said(encoding: str, tmp_path: Path) -> None:
+    path = write(tmp_path, "a.jsonl", RECORDS)
+    assert f"{path} is not {encoding}; set data.encoding to what it is" in error_of(path, encoding=encoding)
