@@ -19,7 +19,7 @@ from rlhf.stages import JUDGE_SAMPLING
 if TYPE_CHECKING:
     from rlhf.context import Context
 
-TEXTS = ("prompt", "chosen", "rejected", "margin", "ranking", "response", "score")
+TEXTS = ("prompt", "chosen", "rejected", "margin", "difference", "ranking", "response", "score")
 JUDGED_AT_ONCE = 4096  # responses
 
 
@@ -42,8 +42,11 @@ class Verdicts:
     scores: list[Floats] | None = None
 
     def pairs(self, best_and_worst: bool, min_margin: float) -> pa.Table:
-        """Each group's best and worst response as a pair, or all pairs; with the margin, none within ``min_margin``."""
-        columns: dict[str, list[Any]] = {name: [] for name in ("prompt", "chosen", "rejected", "margin", "ranking")}
+        """Each group's best and worst response as a pair, or all pairs; those within ``min_margin`` are ties, and none.
+
+        ``difference`` is by how much the judge prefers one. It is in the judge's own units, and so no margin of a loss.
+        """
+        columns: dict[str, list[Any]] = {name: [] for name in ("prompt", "chosen", "rejected", "difference", "ranking")}
         for number, (group, better) in enumerate(zip(self.groups, self.better, strict=True)):
             order = np.argsort(-better.sum(axis=1), kind="stable")
             ends = [(order[0], order[-1])] if best_and_worst else combinations(order, 2)
@@ -56,7 +59,7 @@ class Verdicts:
                         column.append(value)
         if best_and_worst:
             del columns["ranking"]
-        kinds = {"margin": pa.float64(), "ranking": pa.int64()}
+        kinds = {"difference": pa.float64(), "ranking": pa.int64()}
         return pa.table({name: pa.array(values, kinds.get(name, pa.string())) for name, values in columns.items()})
 
     def ratings(self) -> pa.Table:

@@ -37,12 +37,12 @@ def groups(*texts: Sequence[str]) -> list[Group]:
 # ------------------------------------------------------------------------------------------------------------ verdicts
 def test_best_and_worst() -> None:
     found = judged(ByScore(longer), groups(["aa", "a", "aaa"], ["b"], ["cc", "dd"])).pairs(True, 0.0)
-    assert found.to_pylist() == [{"prompt": "p0", "chosen": "aaa", "rejected": "a", "margin": 2.0}]
+    assert found.to_pylist() == [{"prompt": "p0", "chosen": "aaa", "rejected": "a", "difference": 2.0}]
 
 
 def test_all_pairs_of_a_ranking() -> None:
     found = judged(ByScore(longer), groups(["aa", "a", "aaa"], ["cc", "d"])).pairs(False, 0.0).to_pylist()
-    assert {(row["chosen"], row["rejected"], row["margin"], row["ranking"]) for row in found} == {
+    assert {(row["chosen"], row["rejected"], row["difference"], row["ranking"]) for row in found} == {
         ("aaa", "a", 2.0, 0), ("aaa", "aa", 1.0, 0), ("aa", "a", 1.0, 0), ("cc", "d", 1.0, 1)
     }  # fmt: skip
 
@@ -123,7 +123,7 @@ def pairs(count: int, good: str = "good") -> list[dict[str, Any]]:
 def test_brevity_judges_the_pairs_of_the_data(tmp_path: Path) -> None:
     section = {"by": "rewards", "rewards": {"brevity": 1.0}, "source": "source"}
     made = Run(tmp_path, {"rows": pairs(60)}, section)
-    assert all(row["chosen"].startswith("good") and row["margin"] == 3.0 for row in made.rows("preferences"))
+    assert all(row["chosen"].startswith("good") and row["difference"] == 3.0 for row in made.rows("preferences"))
     assert made.finals["judge/people_accuracy"] == pytest.approx(0.9, abs=0.15)
     by_source = made.report["by_source"]
     assert (by_source["plain"]["accuracy"], by_source["odd"]["accuracy"]) == (1.0, 0.0)
