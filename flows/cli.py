@@ -33,10 +33,17 @@ if TYPE_CHECKING:
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
+class _Console(Console):
+    """Rich's own ends the program with exit code 1 when the reader of its output has gone."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
     options = _parser().parse_args(arguments)
-    console, errors = Console(), Console(stderr=True)
+    console, errors = _Console(), Console(stderr=True)
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # the user's reward functions live there; last, so that nothing is hidden
     try:

@@ -88,9 +88,10 @@ def test_bad_usage_ends_with_2(arguments: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
+@pytest.mark.parametrize("command", [("show", "demo"), ("presets",)])  # printed plainly, and by rich
+def test_a_reader_that_goes_away_is_no_error(command: tuple[str, ...]) -> None:
     shown = subprocess.Popen(
-        [sys.executable, "-u", "-m", "flows.cli", "show", "demo"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-u", "-m", "flows.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert shown.stdout is not None
     shown.stdout.close()
