@@ -56,7 +56,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> PreT
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """The text, cut within words (or spaces) that never end: training takes the square of a word's length in time."""
+    """The text, cut within words (or spaces) that never end: training on a megabyte of it would hardly end."""
     start = 0
     for found in ENDLESS.finditer(text):
         yield text[start : found.end()]

@@ -375,7 +375,7 @@ def test_a_pretrained_model(project: Path, prepared: Prepared, tmp_path: Path) -
 
 
 def test_a_word_without_an_end() -> None:
-    """Merges within one long word take the square of its length: a megabyte of it would take hours."""
+    """Uncut, training on a megabyte without a space did not end in three minutes."""
     for text in ("x" * 1_000_000, " " * 1_000_000):
         tokenizer = train_tokenizer([text, "a few words"], 300, 64)
         assert 0 < Lengths(tokenizer).of_responses([text])[0] < 1_000_000
