@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 from pydantic import Field, create_model, model_validator
 
 from rlhf.data.settings import KINDS, Data
+from rlhf.labels import LABELS
 from rlhf.ppo import settings as ppo_settings
 from rlhf.schema import (
     BY_CONTENT,
@@ -261,6 +262,15 @@ class Evaluate(OptionalStage):
     bootstrap: Count = Field(1000, description="Bootstrap resamples of each confidence interval.")
     confidence: Annotated[float, Field(gt=0, lt=1)] = Field(0.95, description="Level of the intervals.")
     batch_size: Count = Field(64, description="Prompts generated at once.", json_schema_extra=NUMBERS_SAME)
+
+    @model_validator(mode="after")
+    def _check(self) -> Evaluate:
+        for name in sorted(self.scorers.keys() & LABELS.keys()):
+            raise ValueError(
+                f"scorers: {name!r} is a metric that every evaluation has ({LABELS[name].name}); choose another name, "
+                f"such as `my_{name}: {{function: ...}}`"
+            )
+        return self
 
 
 class Resources(Section):

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf import intervals, metrics, models, report, rewards, training
 from rlhf.config import PipelineConfig
 from rlhf.context import Context
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import DataError
 from rlhf.intervals import Estimate
 from rlhf.ppo import batching
 from rlhf.ppo.batching import Prompts
@@ -58,15 +58,12 @@ def run(context: Context) -> dict[str, float]:
         is off); the headline ones with ``_low`` and ``_high``. Figures that are undefined are left out.
 
     Raises:
-        ConfigError: a scorer has the name of a built-in metric, or cannot be loaded.
+        ConfigError: a scorer cannot be loaded.
         DataError: there is no held-out prompt, or one leaves no room for a response.
         ModelError: a policy or the reward model cannot be loaded.
         RewardError: a scorer failed.
     """
     config = context.config
-    taken = sorted(set(config.evaluate.scorers) & set(report.LABELS))
-    if taken:
-        raise ConfigError(f"evaluate.scorers: {', '.join(taken)} is the name of a built-in metric; choose another name")
     training.set_up_cpu(config.resources)
     training.seed_everything(config.seed)  # only a scorer might draw from the global generators
     device = training.device_of(config.resources)

@@ -18,14 +18,14 @@ from rlhf.errors import ConfigError
 ROOT = Path(__file__).parent.parent
 PACKAGE = "rlhf"
 
-# These move, lock, log and check; no number of a result comes from them. A test holds this list against what the
+# These move, lock, log, check and name; no number of a result comes from them. A test holds this list against what the
 # stages really import, so that a module is either fingerprinted or named here.
 WITHOUT_NUMBERS = frozenset(
     f"rlhf.{name}" if name else "rlhf"
     for name in (
         "", "artifacts", "checkpoints", "config", "context", "data", "data.problems", "data.settings", "errors",
-        "explain", "fingerprint", "hashing", "hub", "locations", "locks", "plan", "ppo", "ppo.settings", "runs",
-        "schema", "settings", "stages", "tracker",
+        "explain", "fingerprint", "hashing", "hub", "labels", "locations", "locks", "plan", "ppo", "ppo.settings",
+        "runs", "schema", "settings", "stages", "tracker",
     )
 )  # fmt: skip
 

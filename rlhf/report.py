@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,45 +19,13 @@ from jinja2 import Environment, StrictUndefined
 from numpy.typing import NDArray
 
 from rlhf import plots
+from rlhf.labels import LABELS, label
 from rlhf.report_page import PAGE
 
 Floats = NDArray[np.float64]
 Report = dict[str, Any]
 Columns = Mapping[str, Sequence[Any]]
 PERCENTILES = (5, 25, 50, 75, 95)
-
-
-class Label(NamedTuple):
-    """How a metric is named and rounded, and what it is."""
-
-    name: str
-    digits: int
-    about: str
-
-
-LABELS = {
-    "reward": Label("Reward", 3, "Score of the reward model, which PPO was trained on unless configured otherwise."),
-    "kl": Label(
-        "KL to the reference policy", 2, "Nats per response: exact KL over the vocabulary, summed over its tokens."
-    ),
-    "rouge1": Label("ROUGE-1", 3, "F-measure of words shared with the reference, stemmed; 0 to 1."),
-    "rouge2": Label("ROUGE-2", 3, "The same for pairs of words."),
-    "rougeL": Label("ROUGE-L", 3, "The same for the longest common subsequence."),
-    "rougeLsum": Label("ROUGE-Lsum", 3, "The same by sentences."),
-    "bleu": Label("BLEU", 2, "Of the whole corpus, sacrebleu 13a; 0 to 100."),
-    "sentence_bleu": Label("Sentence BLEU", 2, "Mean over the responses; 0 to 100."),
-    "meteor": Label("METEOR", 3, "Exact and stem matches only, without WordNet's synonyms; 0 to 1."),
-    "length_tokens": Label("Length, tokens", 1, "Tokens of a response, the end-of-sequence token included."),
-    "length_words": Label("Length, words", 1, "Words of a response."),
-    "eos_rate": Label("Ended by itself", 3, "Share of responses that end within the limit."),
-    "distinct1": Label("Distinct-1", 3, "Different words over words, of all responses together; 0 to 1."),
-    "distinct2": Label("Distinct-2", 3, "The same for pairs of words."),
-}
-
-
-def label(metric: str) -> Label:
-    """The label of a metric; one that is not ours is a scorer of the user's."""
-    return LABELS.get(metric) or Label(metric.replace("_", " ").capitalize(), 3, "Scorer of the configuration.")
 
 
 def distributions(scores: Mapping[str, Mapping[str, Floats]], metrics: Sequence[str], bins: int = 16) -> Report:

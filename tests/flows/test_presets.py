@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,3 +223,24 @@ def test_a_preset_runs(case: str, tmp_path: Path, rlhf: Callable[..., tuple[int,
     metrics = {name: value for stage in json.loads(out)["stages"] for name, value in stage["metrics"].items()}
     assert "evaluate/ppo/length_tokens" in metrics
     assert all(stage["action"] == "cached" for stage in json.loads(rlhf("plan", *selected, "--json")[1]))
+
+
+@pytest.mark.slow
+def test_the_configuration_of_the_docs_runs(tmp_path: Path, rlhf: Callable[..., tuple[int, str, str]]) -> None:
+    docs = (Path(__file__).parents[2] / "docs" / "systems.md").read_text("utf-8")
+    (block,) = re.findall(r"```yaml\n(.*?)```", docs, re.DOTALL)
+    (tmp_path / "mine.yaml").write_text(block)
+    Path(reviews(tmp_path)).rename(tmp_path / "reviews.parquet")
+    tiny("gpt2", tmp_path)
+    config = load(tmp_path / "mine.yaml")
+    assert (config.ppo.kl_coef, config.ppo.missing_eos, config.reward.path) == (0.1, "off", None)
+    code, out, error = rlhf("run", str(tmp_path / "mine.yaml"), "--size", "smoke", "--json")
+    assert code == 0, out + error
+    stages = [stage["stage"] for stage in json.loads(out)["stages"]]
+    assert stages == ["prepare", "reward", "ppo", "evaluate"]
+
+
+def test_every_preset_is_in_the_table_of_the_docs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "systems.md").read_text("utf-8")
+    for name in presets():
+        assert name == "demo" or f"| `{name}` |" in text

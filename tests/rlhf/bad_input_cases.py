@@ -125,6 +125,11 @@ CASES: list[Case] = [
         ("no room for a prompt", overridden("ppo.max_new_tokens=64"), ("--set ppo.max_new_tokens", "model.context 64")),
         ("reward model without its stage", overridden("reward=off"), ("ppo.rewards", "reward stage is off")),
         # --- overrides
+        (
+            "a scorer with the name of a metric",
+            overridden("evaluate.scorers.rougeL=similarity"),
+            ("evaluate", "'rougeL' is a metric that every evaluation has", "choose another name"),
+        ),
         ("override without a value", overridden("ppo.kl_coef"), ("--set 'ppo.kl_coef'", "KEY=VALUE")),
         ("override of an unknown key", overridden("ppo.kl_coeff=1"), ("--set ppo.kl_coeff", "did you mean 'kl_coef'?")),
         (

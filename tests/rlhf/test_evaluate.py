@@ -288,7 +288,6 @@ def test_prompts_without_references_are_scored_without_them(inputs: dict[str, Pa
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"scorers": {"kl": f"{__name__}:keyword"}}, ConfigError, "evaluate.scorers: kl is the name of a built-in"),
         ({"scorers": {"bad": f"{__name__}:broken"}}, RewardError, "broken' returned nan"),
         ({"scorers": {"bad": f"{__name__}:absent"}}, ConfigError, "has no function 'absent'"),
         ({"max_new_tokens": 60}, DataError, "evaluate.max_new_tokens 60 do not fit into the model's context of 64"),

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +45,22 @@ def test_the_configuration_works(tiny_bert: Any, tmp_path: Path, monkeypatch: py
     assert scores.tolist() == pytest.approx(expected.tolist())
     for spec in config.evaluate.scorers.values():
         assert len(rewards.make_scorer(spec.function, spec.arguments)(["p", "q"], responses, columns)) == 2
+
+
+@pytest.mark.slow
+def test_the_configuration_runs(tiny_bert: Any, tmp_path: Path, rlhf: Callable[..., tuple[int, str, str]]) -> None:
+    (tmp_path / "my_rewards.py").write_text(block("python", "def names_the_product"))
+    (tmp_path / "mine.yaml").write_text(block("yaml", "name: support-replies"))
+    tiny_bert(BertModel).rename(tmp_path / "encoder")
+    with (tmp_path / "replies.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("prompt", "response"), *((f"Reset {i}?", f"Press {i}.") for i in range(40))])
+    question = {"reference": "Hold the Router for 3 seconds.", "target_words": 4, "product": "Router"}
+    rows = [json.dumps({"prompt": f"How is {i} reset?", **question}) for i in range(40)]
+    (tmp_path / "questions.jsonl").write_text("\n".join(rows) + "\n")
+    code, out, error = rlhf("run", str(tmp_path / "mine.yaml"), "--json")
+    assert code == 0, out + error
+    metrics = {name: value for stage in json.loads(out)["stages"] for name, value in stage["metrics"].items()}
+    assert {"ppo/updates", "evaluate/ppo/facts", "evaluate/ppo/overlap"} <= metrics.keys()
 
 
 def test_the_overrides_work(tmp_path: Path) -> None:
