@@ -146,7 +146,7 @@ def window(row: Sequence[int]) -> Sequence[int]:
 
 # -------------------------------------------------------------------------------------------------------------- prepare
 def prepare(args: argparse.Namespace) -> dict[str, float]:
-    """Write prompts, held-out prompts and both classifiers; return the accuracies on held-out reviews."""
+    """Write our half of the reviews, prompts, held-out prompts and both classifiers; return their accuracies."""
     torch.manual_seed(0)
     args.out.mkdir(parents=True, exist_ok=True)
     tokenizer = models.load_tokenizer(args.model)
@@ -154,6 +154,7 @@ def prepare(args: argparse.Namespace) -> dict[str, float]:
     ours, other = reviews[: len(reviews) // 2], reviews[len(reviews) // 2 :]
     held_out = pd.read_parquet(args.imdb_validation).sample(frac=1, random_state=0)
 
+    ours.to_parquet(args.out / "reviews.parquet", index=False)
     rows, prompts = token_ids(tokenizer, ours), beginnings(tokenizer, ours)
     pd.DataFrame({"prompt": prompts}).to_parquet(args.out / "prompts.parquet")
     new = [prompt for prompt in beginnings(tokenizer, held_out) if prompt not in set(prompts)]
