@@ -173,9 +173,10 @@ def raw_scores(model: Any, rows: Sequence[Sequence[int]], batch_size: int) -> Fl
 
 
 def score_pairs(model: Any, pairs: Pairs, batch_size: int) -> Scores:
-    """Raw scores of both sides of each pair."""
-    both = raw_scores(model, list(chain(pairs.chosen, pairs.rejected)), 2 * batch_size)
-    return Scores(*np.split(both, 2))
+    """Raw scores of both sides of each pair; a text that is in several, as in those of a ranking, is scored once."""
+    places: dict[tuple[int, ...], int] = {}
+    both = [places.setdefault(tuple(row), len(places)) for row in chain(pairs.chosen, pairs.rejected)]
+    return Scores(*np.split(raw_scores(model, list(places), 2 * batch_size)[both], 2))
 
 
 def normalisation(references: Floats, normalize_std: bool) -> tuple[float, float]:
