@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from flows import generate, summary
+from flows import generate, summary, up
+from rlhf import headlines
 from rlhf.artifacts import Store, verify
 from rlhf.config import PipelineConfig
-from rlhf.errors import ArtifactError, InputError, RlhfError
+from rlhf.errors import ArtifactError, ConfigError, InputError, RlhfError
 from rlhf.locations import home_directory
 from rlhf.plan import Planner, Selection, StagePlan
 from rlhf.runs import read_runs
@@ -94,7 +95,7 @@ def _execute(config: PipelineConfig, selection: Selection, store: Store, console
     os.environ["RLHF_HOME"] = str(store.home)
     configure(store.home)
     server = connect(store.home)
-    from flows.pipeline import pipeline, watcher
+    from flows.pipeline import NONE, pipeline, watcher
 
     if server is not None:
         server.wait()
@@ -103,9 +104,9 @@ def _execute(config: PipelineConfig, selection: Selection, store: Store, console
     try:
         pipeline(
             config,
-            only=selection.only,
-            from_stage=selection.start,
-            until=selection.until,
+            only=selection.only or NONE,
+            from_stage=selection.start or NONE,
+            until=selection.until or NONE,
             refresh=sorted(selection.refresh),
         )
     finally:
@@ -143,6 +144,20 @@ def _validate(options: argparse.Namespace, console: Console) -> None:
     console.print(f"{options.source}: valid; pipeline {config.name!r}, {rows}", highlight=False, markup=False)
 
 
+def _deploy(options: argparse.Namespace, console: Console) -> None:
+    config = _config(options)
+    if "PREFECT_API_URL" not in os.environ:
+        raise ConfigError(
+            "deploy puts deployments on a Prefect server, but PREFECT_API_URL does not name one; `rlhf up` starts one "
+            "and prints its address (add /api)"
+        )
+    from flows.deployments import apply, schedule
+
+    made_now = [schedule(config, options.cron, options.timezone, options.pool)] if options.cron else []
+    for made in [*made_now, *apply([config], options.pool)]:
+        console.print(f"{made.name}  {made.id}", highlight=False, markup=False, soft_wrap=True)
+
+
 def _runs(options: argparse.Namespace, console: Console) -> None:
     records = read_runs(_store(options).home)
     if options.json:
@@ -154,7 +169,7 @@ def _runs(options: argparse.Namespace, console: Console) -> None:
     rows = []
     for record in records[-options.last :]:
         began = time.strftime("%d %b %H:%M", time.localtime(record.started))
-        took = summary.duration(record.ended - record.started) if record.ended else ""
+        took = headlines.duration(record.ended - record.started) if record.ended else ""
         stages = " ".join(f"{name}{'' if row['cached'] else '*'}" for name, row in record.stages.items())
         rows.append((record.id, record.pipeline, record.status, began, took, stages))
     summary.print_table(("run", "pipeline", "status", "began", "took", "stages (* computed)"), rows, console)
@@ -178,13 +193,13 @@ def _cache_ls(options: argparse.Namespace, console: Console) -> None:
         print(json.dumps(rows, indent=1))
         return
     table = [
-        (r["stage"], r["key"][:12], r["pipeline"] or "", summary.size(r["bytes"] or 0),
+        (r["stage"], r["key"][:12], r["pipeline"] or "", headlines.size(r["bytes"] or 0),
          time.strftime("%Y-%m-%d %H:%M", time.localtime(r["last_used"])), r["state"])
         for r in rows
     ]  # fmt: skip
     summary.print_table(("stage", "key", "pipeline", "size", "last used", "state"), table, console)
     console.print(
-        f"{len(rows)} artifacts, {summary.size(sum(r['bytes'] or 0 for r in rows))} in {store.root}", soft_wrap=True
+        f"{len(rows)} artifacts, {headlines.size(sum(r['bytes'] or 0 for r in rows))} in {store.root}", soft_wrap=True
     )
 
 
@@ -217,9 +232,9 @@ def _cache_gc(options: argparse.Namespace, console: Console) -> None:
     }
     deleted = store.collect_garbage(keep, dry_run=options.dry_run)
     for path, size in deleted:
-        console.print(f"{path}  {summary.size(size)}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{path}  {headlines.size(size)}", highlight=False, markup=False, soft_wrap=True)
     verb = "would free" if options.dry_run else "freed"
-    console.print(f"{len(deleted)} deleted, {verb} {summary.size(sum(size for _, size in deleted))}")
+    console.print(f"{len(deleted)} deleted, {verb} {headlines.size(sum(size for _, size in deleted))}")
 
 
 def _config(options: argparse.Namespace) -> PipelineConfig:
@@ -278,6 +293,11 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_arguments(add("generate", generate.generate, generate.ABOUT, as_json))
     runs = add("runs", _runs, "List the runs on this machine.", as_json)
     runs.add_argument("--last", type=int, default=20, help="how many (default: 20)")
+    up.add_arguments(add("up", up.up, up.ABOUT))
+    deploy = add("deploy", _deploy, "Put deployments on the Prefect server of PREFECT_API_URL.", source)
+    deploy.add_argument("--cron", help="when to look for something new and retrain, such as '0 3 * * *'")
+    deploy.add_argument("--timezone", default="UTC", help="time zone of --cron (default: UTC)")
+    deploy.add_argument("--pool", default="rlhf", help="work pool that runs them (default: rlhf)")
     cache = commands.add_parser("cache", help="Look at the artifact store, check it, clean it.")
     verbs = cache.add_subparsers(required=True, metavar="VERB")
     add("ls", _cache_ls, "List the artifacts.", as_json, to=verbs)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from flows.summary import duration
+from rlhf.headlines import duration
 from rlhf.tracker import Entry, Progress
 
 LINE_SECONDS = 10.0  # between two plain lines of one stage
@@ -62,10 +64,10 @@ class LiveDisplay:
 
 
 class PlainDisplay:
-    """A line now and then, for logs and pipes."""
+    """A line now and then, for logs and pipes, given to ``say``."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
         self._last = 0.0
 
     def begin(self, stage: str) -> None:
@@ -76,22 +78,20 @@ class PlainDisplay:
         """Say how far the stage is, now and then."""
         if isinstance(event, Progress) and time.monotonic() - self._last >= LINE_SECONDS:
             self._last = time.monotonic()
-            self._print(f"{stage}: {event.done}/{event.total}  {_numbers(event.live)}".rstrip())
+            self._say(f"{stage}: {event.done}/{event.total}  {_numbers(event.live)}".rstrip())
 
     def end(self, stage: str, seconds: float | None) -> None:
         """Say that the stage is done."""
-        self._print(f"{stage}: {'from the cache' if seconds is None else f'done in {duration(seconds)}'}")
+        self._say(f"{stage}: {'from the cache' if seconds is None else f'done in {duration(seconds)}'}")
 
     def close(self) -> None:
         """Nothing to end."""
 
-    def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-
 
 def make_display(console: Console) -> Display:
     """The display that fits where the output goes."""
-    return LiveDisplay(console) if console.is_terminal else PlainDisplay(console)
+    plain = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    return LiveDisplay(console) if console.is_terminal else PlainDisplay(plain)
 
 
 def _numbers(live: dict[str, float]) -> str:

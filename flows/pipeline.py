@@ -1,30 +1,44 @@
-"""The pipeline as a Prefect flow: the selected stages in their order, each from the cache or computed.
+"""The pipeline as Prefect flows: the selected stages in their order, each from the cache or computed.
 
-This module imports neither torch nor MLflow nor TRL; a stage's libraries load when it has to be computed.
+``pipeline`` takes a whole configuration, ``preset`` the name of one with some settings changed; they do the same. This
+module imports neither torch nor MLflow nor TRL; a stage's libraries load when it has to be computed.
 """
 
 import secrets
 import time
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
-from typing import Any
+from typing import Annotated, Any, Final, Literal
 
-from prefect import flow
+from prefect import flow, get_run_logger
+from pydantic import Field
 
+from flows.display import PlainDisplay
 from rlhf.artifacts import Store
 from rlhf.config import PipelineConfig
 from rlhf.locations import home_directory
 from rlhf.plan import Planner, Selection
 from rlhf.runs import RunRecord
+from rlhf.settings import load, presets
 from rlhf.stages import StageName
-from tasks import tracking
+from tasks import prefect_ui, tracking
 from tasks.journal import RunJournal
-from tasks.mlflow_server import default_uri
+from tasks.mlflow_server import tracking_uri
+from tasks.prefect_server import flow_run_alive
 from tasks.run import Run, Watcher, current_run
 from tasks.shipper import Shipper
 from tasks.stages import run_stage
 
 watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
+
+PresetName = Annotated[str, Field(json_schema_extra={"enum": list(presets())})]
+FULL = "full"
+NONE: Final = "none"
+Choice = StageName | Literal["none"]  # not an optional one: Prefect's form has a select for this
+SizeName = Annotated[
+    str, Field(json_schema_extra={"enum": [FULL, *sorted({size for one in presets().values() for size in one.sizes})]})
+]
 
 
 def new_run_id() -> str:
@@ -35,41 +49,102 @@ def new_run_id() -> str:
 @flow(name="pipeline", flow_run_name="{config.name}", validate_parameters=True, persist_result=False)
 def pipeline(
     config: PipelineConfig,
-    only: StageName | None = None,
-    from_stage: StageName | None = None,
-    until: StageName | None = None,
+    only: Choice = NONE,
+    from_stage: Choice = NONE,
+    until: Choice = NONE,
     refresh: list[StageName] = [],  # noqa: B006, RUF100 - Prefect shows the default in its form
+    dry_run: bool = False,
 ) -> dict[str, Any]:
     """Dataset preparation, SFT, judging, reward model, PPO and evaluation, each from the cache where nothing changed.
 
     Args:
-        config: the whole configuration.
-        only: compute this stage anew and nothing else; the stages before it must be cached.
-        from_stage: compute this stage and all after it anew; the stages before it must be cached.
-        until: nothing after this stage.
-        refresh: compute these stages anew, the others as needed.
+        config: The whole configuration.
+        only: Compute this stage anew and nothing else; the stages before it must be cached.
+        from_stage: Compute this stage and all after it anew; the stages before it must be cached.
+        until: Nothing after this stage.
+        refresh: Compute these stages anew, the others as needed.
+        dry_run: Compute nothing; say what would be computed, and why.
 
     Returns:
         The run's id, and per stage its key, digest, whether it came from the cache, seconds and reasons.
     """
-    selection = Selection(only, from_stage, until, frozenset(refresh))
+    return run_pipeline(config, _selection(only, from_stage, until, refresh), dry_run=dry_run)
+
+
+@flow(name="preset", flow_run_name="{preset}", validate_parameters=True, persist_result=False)
+def preset(
+    preset: PresetName = "demo",
+    size: SizeName = FULL,
+    overrides: list[str] = [],  # noqa: B006, RUF100
+    only: Choice = NONE,
+    from_stage: Choice = NONE,
+    until: Choice = NONE,
+    refresh: list[StageName] = [],  # noqa: B006, RUF100
+    dry_run: bool = False,
+) -> dict[str, Any]:
+    """A preset of this package, with some of its settings changed.
+
+    Args:
+        preset: Name of the preset.
+        size: A size that it offers; `smoke` is a few steps of every stage.
+        overrides: Settings that differ from the preset's, such as `ppo.kl_coef=0.1`.
+        only: Compute this stage anew and nothing else; the stages before it must be cached.
+        from_stage: Compute this stage and all after it anew; the stages before it must be cached.
+        until: Nothing after this stage.
+        refresh: Compute these stages anew, the others as needed.
+        dry_run: Compute nothing; say what would be computed, and why.
+
+    Returns:
+        As ``pipeline``.
+    """
+    config = load(preset, size=None if size == FULL else size, overrides=overrides)
+    return run_pipeline(config, _selection(only, from_stage, until, refresh), dry_run=dry_run)
+
+
+def _selection(only: Choice, from_stage: Choice, until: Choice, refresh: Sequence[StageName]) -> Selection:
+    """What the form of a deployment says."""
+    one, first, last = (None if stage == NONE else stage for stage in (only, from_stage, until))
+    return Selection(one, first, last, frozenset(refresh))
+
+
+def run_pipeline(config: PipelineConfig, selection: Selection, *, dry_run: bool = False) -> dict[str, Any]:
+    """The body of both flows.
+
+    Raises:
+        InputError: the selection, the configuration or the data is wrong; nothing is recorded then.
+        RlhfError: a stage failed.
+    """
     store = Store(home_directory())
-    Planner(config, store, selection).plan()  # what cannot be done is refused before anything is recorded
+    with flow_run_alive(store.home):
+        plans = Planner(config, store, selection).plan()  # what cannot be done is refused before anything is recorded
+        if dry_run:
+            prefect_ui.show_plan(plans)
+            return {"run_id": None, "stages": {p.stage: {"action": p.action, "why": list(p.reasons)} for p in plans}}
+        return _run(config, store, selection)
+
+
+def _run(config: PipelineConfig, store: Store, selection: Selection) -> dict[str, Any]:
+    """Run the stages, and record the run."""
     journal = RunJournal.open(store.home / "runs" / new_run_id())
-    run = Run(journal.directory.name, config, store, selection, journal, watcher.get())
+    run = Run(journal.directory.name, config, store, selection, journal, watcher.get() or PlainDisplay(_to_log))
     record = RunRecord(
         run.id,
         config.name,
         "running",
         time.time(),
-        options={"only": only, "from_stage": from_stage, "until": until, "refresh": refresh},
+        options={
+            "only": selection.only,
+            "from_stage": selection.start,
+            "until": selection.until,
+            "refresh": sorted(selection.refresh),
+        },
         config=config.model_dump(mode="json"),
     )
     token = current_run.set(run)
     try:
         with _shipper(run), journal:
             record.write(store.home)
-            tracking.begin(run)
+            tracking.begin(run, prefect_ui.flow_run_link())
             for stage in selection.stages(config):
                 record.stages[stage] = _stage(run, stage)
                 record.write(store.home)
@@ -82,16 +157,21 @@ def pipeline(
             record.status = "interrupted"
         record.ended = time.time()
         record.write(store.home)
+        prefect_ui.show_run(run)
         current_run.reset(token)
     return {"run_id": run.id, "stages": record.stages}
 
 
+def _to_log(line: str) -> None:
+    """Say a line in Prefect's log of the flow or task that runs now."""
+    get_run_logger().info(line)
+
+
 def _shipper(run: Run) -> AbstractContextManager[Any]:
     """What carries the run's journal to MLflow while it is written, and waits for the rest at the end."""
-    tracking = run.config.tracking
-    if not tracking.enabled:
+    if not run.config.tracking.enabled:
         return nullcontext()
-    return Shipper(run.journal.directory, tracking.uri or default_uri(run.store.home))
+    return Shipper(run.journal.directory, tracking_uri(run.config.tracking.uri, run.store.home))
 
 
 def _stage(run: Run, stage: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from rlhf.locks import lock, unlock
+from tasks.prefect_server import PRIVATE
 
 START_TIMEOUT_SECONDS = 120.0
 _PR_SET_PDEATHSIG = 1
@@ -39,7 +40,7 @@ def connect(home: Path) -> "Server | None":
         return None
     server = Server(home)
     atexit.register(server.stop)
-    os.environ["PREFECT_API_URL"] = server.url
+    os.environ |= {"PREFECT_API_URL": server.url, PRIVATE: "1"}
     return server
 
 
@@ -70,7 +71,7 @@ class Server:
                 stdout=output,
                 stderr=output,
                 stdin=subprocess.DEVNULL,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
 
     def wait(self) -> None:
@@ -116,7 +117,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Runs in the child: ask the kernel to end it when the parent goes, however it goes; leave Ctrl-C to the parent."""
     os.setsid()
     if sys.platform == "linux":

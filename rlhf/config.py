@@ -282,6 +282,13 @@ class Resources(Section):
         description="Autocast type of the forward passes: auto is bf16 on CUDA and fp32 on a CPU. fp16 needs CUDA.",
     )
     threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads of torch; 0 takes all cores.")
+    slot: str = Field(
+        "gpu",
+        pattern=r"^[A-Za-z0-9._-]{0,64}$",
+        description="Stages that compute with models take a slot of this name first, so that runs which share a GPU do "
+        "so one after the other. Nothing for no slot.",
+    )
+    slots: Count = Field(1, description="How many slots of that name there are: GPUs of a machine, say.")
 
 
 class Tracking(Section):
@@ -294,6 +301,14 @@ class Tracking(Section):
         None, description="MLflow tracking URI; default: a SQLite file in the home folder. Never put credentials here."
     )
     experiment: str = Field("rlhf", min_length=1, description="MLflow experiment.")
+
+
+class Promotion(Section):
+    """When a retrained policy takes the place of the champion; none of it is in a cache key."""
+
+    metric: str = Field("evaluate/ppo/reward", min_length=1, description="Final metric that decides.")
+    margin: NotNegative = Field(0.0, description="A candidate must be better than the champion by more than this.")
+    lower_is_better: bool = Field(False, description="Whether less of the metric is better.")
 
 
 class PipelineConfig(Section):
@@ -312,6 +327,7 @@ class PipelineConfig(Section):
     evaluate: Evaluate = Evaluate()
     resources: Resources = Resources()
     tracking: Tracking = Tracking()
+    promotion: Promotion = Promotion()
 
     @model_validator(mode="after")
     def _check(self) -> PipelineConfig:

@@ -35,6 +35,11 @@ def default_uri(home: Path) -> str:
     return f"sqlite:///{home.resolve() / 'mlflow.db'}"
 
 
+def tracking_uri(given: str | None, home: Path) -> str:
+    """Where a run's metrics go: what its configuration says, else ``MLFLOW_TRACKING_URI``, else the home folder."""
+    return given or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(home)
+
+
 @lru_cache
 def connect(tracking_uri: str) -> MlflowClient:
     """A client that gives up soon enough, of a store that is there. Settings in the environment go before ours."""

@@ -125,13 +125,13 @@ def pending_one_by_one(runs: Path, tracking_uri: str) -> Iterator[bool]:
         yield complete
 
 
-def run_url(directory: Path, tracking_uri: str) -> str | None:
-    """Where a browser shows the parent run; None before it is shipped, or without a server."""
+def run_urls(directory: Path, tracking_uri: str) -> dict[str, str]:
+    """Where a browser shows the parent run (``PARENT``) and those of the stages, as far as a server has them."""
     state = Shipped.read(directory)
-    if PARENT not in state.runs or not tracking_uri.startswith("http"):
-        return None
-    base = without_password(tracking_uri).rstrip("/")
-    return f"{base}/#/experiments/{state.experiment_id}/runs/{state.runs[PARENT]}"
+    if not tracking_uri.startswith("http"):
+        return {}
+    base = f"{without_password(tracking_uri).rstrip('/')}/#/experiments/{state.experiment_id}/runs"
+    return {run: f"{base}/{run_id}" for run, run_id in state.runs.items()}
 
 
 class Replay:

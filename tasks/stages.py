@@ -27,6 +27,7 @@ from rlhf.stages import STAGES, stage_inputs
 from rlhf.tracker import JournalTracker
 from tasks.locks import FlockLockManager
 from tasks.run import Run, current_run
+from tasks.slots import slot
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +98,10 @@ def compute(run: Run, stage: str, key: str) -> ArtifactRef:
         tracker=JournalTracker(work / JOURNAL, run.listener(stage)),
     )
     context.checkpoints.mkdir(exist_ok=True)
-    started = time.time()
-    run.journal.start_stage(stage, tags={"rlhf.stage": stage, "rlhf.cache": "miss", "rlhf.key": key})
-    metrics = importlib.import_module(STAGES[stage].module).run(context)
+    with slot(run, stage):
+        started = time.time()
+        run.journal.start_stage(stage, tags={"rlhf.stage": stage, "rlhf.cache": "miss", "rlhf.key": key})
+        metrics = importlib.import_module(STAGES[stage].module).run(context)
     if (work / JOURNAL).exists():
         shutil.copy2(work / JOURNAL, out / JOURNAL)  # a copy: a kill before the publishing leaves it for the resumption
     manifest = make_manifest(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from flows.server import Server, configure, free_port
+from tasks.prefect_server import PRIVATE
 
 # Prefect reads its settings when it is first imported, so the environment is set before any test module is.
 _STATE = Path(tempfile.mkdtemp(prefix="rlhf-tests-"))
@@ -19,7 +20,8 @@ _PORT = free_port()
 os.environ.update(
     HF_HUB_OFFLINE="1", MLFLOW_DISABLE_TELEMETRY="true", MPLBACKEND="Agg", PREFECT_HOME=str(_STATE / "prefect")
 )
-os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{_PORT}/api"
+os.environ.pop("MLFLOW_TRACKING_URI", None)
+os.environ |= {"PREFECT_API_URL": f"http://127.0.0.1:{_PORT}/api", PRIVATE: "1"}
 configure(_STATE)
 
 # Exit functions run in reverse order: this one, registered before Prefect is imported, after Prefect's own.

@@ -17,7 +17,7 @@ from mlflow.exceptions import MlflowException
 
 from tasks.journal import PARENT, RunJournal
 from tasks.mlflow_server import connect, default_uri
-from tasks.mlflow_sync import BusyError, Replay, Shipped, run_url, ship, ship_pending
+from tasks.mlflow_sync import BusyError, Replay, Shipped, run_urls, ship, ship_pending
 from tests.tasks.mlflow_reads import history, runs_of
 
 ROOT = Path(__file__).parents[2]
@@ -181,7 +181,7 @@ def test_a_password_is_not_written_to_a_file_or_link(tmp_path: Path) -> None:
     with Replay(tmp_path / "secret", uri):
         pass
     Shipped(uri=uri, experiment_id="1", runs={PARENT: "abc"}).write(tmp_path / "secret")
-    assert run_url(tmp_path / "secret", uri) == "http://127.0.0.1:9/#/experiments/1/runs/abc"
+    assert run_urls(tmp_path / "secret", uri) == {PARENT: "http://127.0.0.1:9/#/experiments/1/runs/abc"}
     with Replay(tmp_path / "secret", uri):
         pass
     assert "pass" not in (tmp_path / "secret" / "shipped.json").read_text()

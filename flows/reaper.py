@@ -1,0 +1,102 @@
+"""Runs that nobody carries any more: found, and given the state that is true of them.
+
+A flow run of this package holds a lock in the home folder as long as its process lives (``tasks.prefect_server``). So
+one that Prefect calls Running and whose lock is free is dead, for certain and at once, where heartbeats would take
+minutes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from flows.deployments import POOL
+from rlhf.locations import home_directory
+from tasks.prefect_server import flow_run_lives, flow_run_was_here
+
+if TYPE_CHECKING:
+    from prefect.client.schemas.objects import FlowRun, State, StateType
+
+POLL_SECONDS = 0.5
+
+
+def reap(worker: str, pool: str = POOL) -> list[str]:
+    """End the runs whose process is gone, before a worker starts on this machine; the names of those runs.
+
+    What was running becomes Crashed, what was being cancelled Cancelled, and what had not begun is scheduled again.
+    Runs that may be another machine's are left alone: those that never were on this one, while other workers are
+    online.
+
+    Args:
+        worker: the name of this machine's worker, which is not there now.
+        pool: the work pool.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.states import Cancelled, Crashed, Scheduled
+
+    home, found = home_directory(), []
+    with get_client(sync_client=True) as client:
+        alone = not any(
+            other.status is not None and other.status.value == "ONLINE" and other.name != worker
+            for other in client.read_workers_for_work_pool(pool)
+        )
+        for run in _runs(pool):
+            if flow_run_lives(home, str(run.id)) or not (alone or flow_run_was_here(home, str(run.id))):
+                continue
+            state: State[Any] = {
+                "RUNNING": Crashed(message="Its process is gone."),
+                "CANCELLING": Cancelled(message="Its process is gone."),
+                "PENDING": Scheduled(message="Its process was gone before it began."),
+            }[_type(run)]
+            client.set_flow_run_state(run.id, state, force=True)
+            found.append(run.name)
+    return found
+
+
+def cancel_all(timeout: float, pool: str = POOL) -> tuple[list[str], list[str]]:
+    """Cancel every run of the pool, and wait for their processes; names of those that ended, and of those made Crashed.
+
+    Args:
+        timeout: seconds that running stages get to write a checkpoint and end.
+        pool: the work pool.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.states import Cancelled, Cancelling, Crashed
+
+    with get_client(sync_client=True) as client:
+        asked = _runs(pool)
+        for run in asked:
+            pending = _type(run) == "PENDING"
+            client.set_flow_run_state(run.id, Cancelled() if pending else Cancelling(), force=pending)
+        deadline = time.monotonic() + timeout
+        while (left := _runs(pool)) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        for run in left:
+            client.set_flow_run_state(run.id, Crashed(message="rlhf up was stopped."), force=True)
+    crashed = [run.name for run in left]
+    return [run.name for run in asked if run.name not in crashed], crashed
+
+
+def _runs(pool: str) -> Sequence[FlowRun]:
+    """The runs of a pool that are going on, or were when someone last heard of them."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import (
+        FlowRunFilter,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+        WorkPoolFilter,
+        WorkPoolFilterName,
+    )
+    from prefect.client.schemas.objects import StateType
+
+    types: list[StateType] = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
+    with get_client(sync_client=True) as client:
+        return client.read_flow_runs(
+            flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=types))),
+            work_pool_filter=WorkPoolFilter(name=WorkPoolFilterName(any_=[pool])),
+        )
+
+
+def _type(run: FlowRun) -> str:
+    return run.state_type.value if run.state_type else ""

@@ -1,0 +1,274 @@
+"""``rlhf up``: everything that a team works with, on one machine and by one command, until Ctrl-C.
+
+A Prefect server with its UI, an MLflow server, the deployments, and a worker that runs what people and schedules ask
+for. All state is below the home folder: ``prefect/`` and ``mlflow.db`` (or a PostgreSQL database), ``logs/``. What dies
+is started again. At the end, runs that are going on are cancelled, and those that cannot be are marked as crashed, so
+that none is left as Running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from flows.children import Child
+from flows.server import configure
+from rlhf.errors import ConfigError
+from rlhf.locations import home_directory
+from rlhf.locks import try_lock, unlock
+from tasks.mlflow_server import default_uri
+
+ABOUT = "Start Prefect, MLflow, the deployments and a worker on this machine; Ctrl-C ends all of it."
+LOCK, STATE = "up.lock", "up.json"
+WORKER = f"rlhf-up-{socket.gethostname()}"
+READY_SECONDS = 180.0
+STOP_SECONDS = 20.0  # for running stages to write a checkpoint and end, when all is stopped
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where things are, of an ``rlhf up`` that is going on: the content of ``up.json``."""
+
+    pid: int
+    prefect: str
+    mlflow: str
+    home: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``rlhf up``."""
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
+    )
+    parser.add_argument("--prefect-port", type=int, default=4200, help="port of Prefect (default: 4200)")
+    parser.add_argument("--mlflow-port", type=int, default=5000, help="port of MLflow (default: 5000)")
+    parser.add_argument(
+        "--database-url",
+        help="postgresql://user@host:port/name: Prefect and MLflow keep their state there; the password is better in "
+        "PGPASSWORD. Default: SQLite files in the home folder, which do for one person",
+    )
+    parser.add_argument("--runs", type=int, default=4, help="most runs at once (default: 4)")
+
+
+def up(options: argparse.Namespace, console: Console) -> int:
+    """Run the command; the exit code."""
+    home = home_directory(options.home)
+    home.mkdir(parents=True, exist_ok=True)
+    lock = try_lock(home / LOCK)
+    if lock is None:
+        return _already(home, console)
+    try:
+        _check_ports(options)
+        addresses = Addresses(
+            os.getpid(),
+            f"http://{options.host}:{options.prefect_port}",
+            f"http://{options.host}:{options.mlflow_port}",
+            str(home),
+        )
+        _set_environment(home, addresses)
+        return _serve(options, addresses, console)
+    finally:
+        (home / STATE).unlink(missing_ok=True)
+        unlock(lock)
+
+
+def _already(home: Path, console: Console) -> int:
+    """Say what another ``rlhf up`` on this home folder has started."""
+    deadline = time.monotonic() + READY_SECONDS
+    while not (home / STATE).exists() and time.monotonic() < deadline:
+        time.sleep(0.2)  # it is just starting
+    found = Addresses(**json.loads((home / STATE).read_text("utf-8")))
+    console.print(f"rlhf up is there already (process {found.pid}) on {home}", highlight=False, soft_wrap=True)
+    _print_addresses(found, console)
+    return 0
+
+
+def _print_addresses(addresses: Addresses, console: Console) -> None:
+    console.print(f"  Prefect  {addresses.prefect}", highlight=False, soft_wrap=True)
+    console.print(f"  MLflow   {addresses.mlflow}", highlight=False, soft_wrap=True)
+    console.print(f"  Logs     {Path(addresses.home) / 'logs'}", highlight=False, soft_wrap=True)
+
+
+def _check_ports(options: argparse.Namespace) -> None:
+    """See that both ports are free.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    if options.prefect_port == options.mlflow_port:
+        raise ConfigError(f"--prefect-port and --mlflow-port are both {options.mlflow_port}; choose two ports")
+    for option, port in (("--prefect-port", options.prefect_port), ("--mlflow-port", options.mlflow_port)):
+        with socket.socket() as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((options.host, port))
+            except (OSError, OverflowError) as error:
+                why = error.strerror if isinstance(error, OSError) else "ports are 1 to 65535"
+                raise ConfigError(
+                    f"{option} {port}: cannot listen on {options.host}:{port} ({why}); end the program that does, or "
+                    f"choose another port with {option}"
+                ) from None
+
+
+def _set_environment(home: Path, addresses: Addresses) -> None:
+    """What this process and its children work with."""
+    os.environ |= {
+        "RLHF_HOME": str(home),
+        "PREFECT_API_URL": f"{addresses.prefect}/api",
+        "PREFECT_UI_URL": addresses.prefect,
+        "MLFLOW_TRACKING_URI": addresses.mlflow,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    configure(home)
+
+
+def _programs(options: argparse.Namespace, home: Path) -> tuple[Child, Child, Child]:
+    """Prefect's server, MLflow's server and the worker."""
+    url: str | None = options.database_url
+    python, logs = sys.executable, home / "logs"
+    prefect_environment = {
+        "PREFECT_SERVER_UI_API_URL": "/api",  # the UI asks the server that it came from, on whatever port
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
+    }
+    mlflow_store = default_uri(home)
+    if url is not None:
+        scheme, _, rest = url.partition("://")
+        if not scheme.startswith("postgresql") or not rest:
+            raise ConfigError(f"--database-url {scheme}://...: must be postgresql://user@host:port/name")
+        prefect_environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = f"postgresql+asyncpg://{rest}"
+        mlflow_store = f"postgresql+psycopg2://{rest}"
+    address = ("--host", options.host, "--port")
+    prefect = Child(
+        "Prefect",
+        [python, "-m", "prefect", "server", "start", *address, str(options.prefect_port)],
+        prefect_environment,
+        logs / "prefect.log",
+    )
+    mlflow = Child(
+        "MLflow",
+        [
+            *(python, "-m", "mlflow", "server", *address, str(options.mlflow_port), "--workers", "1"),
+            *("--artifacts-destination", (home / "mlartifacts").as_uri()),
+        ],
+        # The address of the database may hold a password, which a command line would show to everyone.
+        {"MLFLOW_BACKEND_STORE_URI": mlflow_store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        logs / "mlflow.log",
+    )
+    from flows.deployments import POOL
+
+    worker = Child(
+        "the worker",
+        [
+            *(python, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"),
+            *("--limit", str(options.runs), "--name", WORKER),
+        ],
+        {
+            "PYTHONPATH": os.pathsep.join(filter(None, (str(Path.cwd()), os.environ.get("PYTHONPATH")))),
+            "PREFECT_WORKER_QUERY_SECONDS": "2",
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+            "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
+        },
+        logs / "worker.log",
+    )
+    return prefect, mlflow, worker
+
+
+def _serve(options: argparse.Namespace, addresses: Addresses, console: Console) -> int:
+    """Start all, look after it, and end it at a signal."""
+    home = Path(addresses.home)
+    prefect, mlflow, worker = _programs(options, home)
+    stopping = _Stop()
+    try:
+        for child, health in ((prefect, f"{addresses.prefect}/api/health"), (mlflow, f"{addresses.mlflow}/health")):
+            child.start()
+            console.print(f"starting {child.name} ...", highlight=False)
+            _wait_until_ready(child, health, stopping)
+        from flows.deployments import apply, shipped
+        from flows.reaper import reap
+
+        made = apply(shipped())
+        for name in reap(WORKER):
+            console.print(f"the process of the run {name} is gone: its state is corrected", highlight=False)
+        worker.start()
+        (home / STATE).write_text(json.dumps(asdict(addresses)), "utf-8")
+        console.print(f"\nready; {len(made)} deployments", highlight=False)
+        _print_addresses(addresses, console)
+        console.print("Ctrl-C ends all of it.")
+        while not stopping.asked:
+            for child in (prefect, mlflow, worker):
+                if news := child.revive():
+                    console.print(news, highlight=False, soft_wrap=True)
+            time.sleep(0.5)
+    except _StoppedError:
+        pass
+    finally:
+        console.print("\nstopping ...")
+        if prefect.exit_code is None and worker.pid is not None:
+            _end_runs(console)
+        for child in (worker, mlflow, prefect):
+            child.stop()
+    return 0
+
+
+class _StoppedError(Exception):
+    """All is to end while it is being started."""
+
+
+class _Stop:
+    """Whether Ctrl-C or SIGTERM came; a second Ctrl-C is not needed, and changes nothing."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+
+
+def _wait_until_ready(child: Child, url: str, stopping: _Stop) -> None:
+    """Return when a server answers.
+
+    Raises:
+        RuntimeError: it ended, or did not answer in time.
+    """
+    import httpx
+
+    deadline = time.monotonic() + READY_SECONDS
+    while time.monotonic() < deadline:
+        if stopping.asked:
+            raise _StoppedError
+        if child.exit_code is not None:
+            raise RuntimeError(f"{child.name} ended with exit code {child.exit_code}; see {child.log}")
+        try:
+            if httpx.get(url, timeout=5).is_success:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.2)
+    raise RuntimeError(f"{child.name} does not answer at {url}; see {child.log}")
+
+
+def _end_runs(console: Console) -> None:
+    """Cancel what is running, and wait for it; what does not end is marked as crashed."""
+    from flows.reaper import cancel_all
+
+    try:
+        cancelled, crashed = cancel_all(STOP_SECONDS)
+    except Exception as error:
+        console.print(f"Prefect does not answer, so its runs could not be ended: {error}", highlight=False)
+        return
+    for names, verb in ((cancelled, "cancelled"), (crashed, "marked as crashed")):
+        if names:
+            console.print(f"{verb}: {', '.join(names)}; the same run goes on from its last checkpoint", highlight=False)

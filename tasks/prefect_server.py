@@ -1,0 +1,80 @@
+"""What this package keeps on a Prefect server (a work pool, limits), and which flow runs live on this machine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf.locks import is_locked, lock, unlock
+
+PRIVATE = "RLHF_PRIVATE_PREFECT"  # set by a run whose Prefect API ends with it, and has no UI and no scheduler
+
+
+def is_private() -> bool:
+    """Whether the API of this process is its own, so that no other run is to be met there."""
+    return bool(os.environ.get(PRIVATE))
+
+
+def make_pool(name: str) -> None:
+    """A work pool of processes on the worker's machine, unless there is a pool of that name, of whatever type."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+    from prefect.workers.process import ProcessWorker
+
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_work_pool(name)
+        except ObjectNotFound:
+            template = ProcessWorker.get_default_base_job_template()
+            try:
+                client.create_work_pool(WorkPoolCreate(name=name, type="process", base_job_template=template))
+            except ObjectAlreadyExists:  # made by another process in this moment
+                return
+
+
+def make_limit(name: str, slots: int) -> None:
+    """The global concurrency limit of a name with so many slots, unless there is one: its size is then left alone."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
+    from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+
+    with get_client(sync_client=True) as client:
+        try:
+            client.read_global_concurrency_limit_by_name(name)
+        except ObjectNotFound:
+            try:
+                client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=slots))
+            except ObjectAlreadyExists:
+                return
+
+
+@contextmanager
+def flow_run_alive(home: Path) -> Iterator[None]:
+    """Say on this machine that the process of the present flow run lives, as long as it does."""
+    from prefect import runtime
+
+    path = _life(home, str(runtime.flow_run.id))
+    descriptor = lock(path)
+    assert descriptor is not None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        unlock(descriptor)
+
+
+def flow_run_lives(home: Path, flow_run: str) -> bool:
+    """Whether a process of this machine carries a flow run."""
+    return is_locked(_life(home, flow_run))
+
+
+def flow_run_was_here(home: Path, flow_run: str) -> bool:
+    """Whether one did, and did not come to its end."""
+    return _life(home, flow_run).exists()
+
+
+def _life(home: Path, flow_run: str) -> Path:
+    return home / "locks" / f"flow-run-{flow_run}.lock"

@@ -1,0 +1,60 @@
+"""One GPU, many runs: a stage that computes on it takes a slot first, and gives it back however it ends.
+
+A slot is two things. A lease of Prefect's global concurrency limit ``resources.slot``, which people see in the UI and
+which counts over all machines; and a lock on this machine's home folder, which the kernel gives back at once when its
+holder dies, and which holds while Prefect's server is away and leases run out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from prefect.concurrency.sync import concurrency
+from prefect.logging import get_run_logger
+
+from rlhf.config import PipelineConfig
+from rlhf.locks import POLL_SECONDS, try_lock, unlock
+from rlhf.stages import stage_modules
+from tasks.prefect_server import is_private, make_limit
+from tasks.run import Run
+
+LEASE_SECONDS = 60.0  # after which the slot of a holder that has died on another machine is free again
+
+
+def takes_slot(stage: str, config: PipelineConfig) -> bool:
+    """Whether a stage computes with models: all but ``prepare``, and a judge that asks no model."""
+    return stage != "prepare" and (stage != "judge" or len(stage_modules(stage, config)) > 1)
+
+
+@contextmanager
+def slot(run: Run, stage: str) -> Iterator[None]:
+    """Hold a slot while a stage computes; wait for one as long as it takes. Nothing for a stage that needs none."""
+    name, slots = run.config.resources.slot, run.config.resources.slots
+    if not name or not takes_slot(stage, run.config):
+        yield
+        return
+    with ExitStack() as held:
+        if not is_private():
+            make_limit(name, slots)
+            held.enter_context(
+                concurrency(name, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False)
+            )
+        held.callback(unlock, _lock_one(run.store.home / "locks", name, slots))
+        yield
+
+
+def _lock_one(folder: Path, name: str, slots: int) -> int:
+    """Lock one of the slots of this machine; its file descriptor."""
+    said = False
+    while True:
+        for number in range(slots):
+            descriptor = try_lock(folder / f"slot-{name}-{number}.lock")
+            if descriptor is not None:
+                return descriptor
+        if not said:
+            get_run_logger().info("waiting for one of %d slots %r, which other runs hold", slots, name)
+            said = True
+        time.sleep(POLL_SECONDS)

@@ -1,0 +1,170 @@
+"""``rlhf up``: what it starts works together, and nothing of it is left behind."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import urllib.parse
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from flows.deployments import shipped
+from tests.team.conftest import Up, started, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SMOKE = {"preset": "demo", "size": "smoke", "overrides": ["resources.threads=1"]}
+STAGES = ["prepare", "sft", "judge", "reward", "ppo", "evaluate"]
+
+
+def rows(markdown: str) -> dict[str, list[str]]:
+    """The rows of a table in Markdown, by their first cell."""
+    cells = [[cell.strip() for cell in line.strip("|").split(" |")] for line in markdown.splitlines() if "|" in line]
+    return {row[0]: row for row in cells[2:]}
+
+
+def test_a_run_and_one_stage_of_it_again(up: Up) -> None:
+    first = up.submit("preset/run", **SMOKE)
+    assert up.finish(first) == "COMPLETED"
+    shown = up.artifacts(first)
+    table = rows(shown["stages"])
+    assert list(table) == STAGES
+    assert {row[1] for row in table.values()} == {"ran"}
+    assert "ROUGE-L" in shown["evaluation"]
+    assert shown["reward-calibration"].startswith("data:image/png;base64,")
+
+    # The link of a stage is the form of the same deployment, with this run's parameters and that stage alone.
+    link = urllib.parse.urlsplit(re.search(r"\[only\]\(([^)]*)\)", table["ppo"][7])[1])
+    assert link.path == f"/deployments/deployment/{up.deployment('preset/run')['id']}/run"
+    parameters = json.loads(urllib.parse.parse_qs(link.query)["parameters"][0])
+    assert parameters["only"] == "ppo"
+    assert parameters["overrides"] == SMOKE["overrides"]
+    again = up.submit("preset/run", **parameters)
+    assert up.finish(again) == "COMPLETED"
+    became = {stage: row[1] for stage, row in rows(up.artifacts(again)["stages"]).items()}
+    assert became == {"prepare": "cached", "sft": "cached", "judge": "cached", "reward": "cached", "ppo": "ran"}
+
+
+def test_mlflow_and_prefect_lead_to_each_other(up: Up) -> None:
+    run = up.submit("preset/run", **SMOKE)
+    assert up.finish(run) == "COMPLETED"
+    link = re.search(r"\[run\]\(([^)]*)\)", rows(up.artifacts(run)["stages"])["sft"][6])[1]
+    assert link.startswith(up.mlflow)
+    answer = httpx.get(f"{up.mlflow}/api/2.0/mlflow/runs/get", params={"run_id": link.rpartition("/")[2]}).json()
+    tags = {tag["key"]: tag["value"] for tag in answer["run"]["data"]["tags"]}
+    parent = httpx.get(f"{up.mlflow}/api/2.0/mlflow/runs/get", params={"run_id": tags["mlflow.parentRunId"]}).json()[
+        "run"
+    ]["data"]["tags"]
+    note = {tag["key"]: tag["value"] for tag in parent}["mlflow.note.content"]
+    assert f"{up.prefect}/runs/flow-run/{run}" in note
+
+
+def test_only_says_what_is_not_in_the_cache(up: Up) -> None:
+    run = up.submit("preset/run", **SMOKE | {"overrides": ["seed=77"], "only": "ppo"})
+    assert up.finish(run) == "FAILED"
+    message = up.api("GET", f"flow_runs/{run}")["state"]["message"]
+    assert "prepare must come from the cache, but it is not there" in message
+
+
+def test_a_dry_run_computes_nothing(up: Up) -> None:
+    before = sorted((up.home / "runs").iterdir())
+    run = up.submit("pipeline/demo", config=shipped_demo(up) | {"seed": 78}, dry_run=True)
+    assert up.finish(run) == "COMPLETED"
+    assert {row[1] for row in rows(up.artifacts(run)["plan"]).values()} == {"run"}
+    assert sorted((up.home / "runs").iterdir()) == before
+
+
+def shipped_demo(up: Up) -> dict[str, object]:
+    """The form of the demo as it is filled in."""
+    config: dict[str, object] = up.deployment("pipeline/demo")["parameters"]["config"]
+    return config
+
+
+def test_the_forms_have_groups_selects_and_help(up: Up) -> None:
+    form = up.deployment("pipeline/demo")["parameter_openapi_schema"]
+    config = form["definitions"]["PipelineConfig"]["properties"]
+    assert config["ppo"]["$ref"].endswith("/Ppo")
+    ppo = form["definitions"]["Ppo"]["properties"]
+    assert ppo["kl_control"]["enum"] == ["fixed", "adaptive"]
+    assert "nat" in ppo["kl_coef"]["description"]
+    preset = up.deployment("preset/run")["parameter_openapi_schema"]["properties"]
+    assert "imdb-sentiment" in preset["preset"]["enum"]
+    assert preset["only"]["default"] == "none"
+
+
+def test_deploying_again_makes_nothing_twice(up: Up, tmp_path: Path) -> None:
+    def ids() -> dict[str, str]:
+        return {row["name"]: row["id"] for row in up.api("POST", "deployments/filter", limit=100)}
+
+    (tmp_path / "mine.yaml").write_text("preset: demo\nname: mine\nseed: 5\n")
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-m", "flows.cli", "deploy", str(tmp_path / "mine.yaml")],
+            env={"PREFECT_API_URL": f"{up.prefect}/api", "HOME": str(tmp_path), "PATH": ""},
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("pipeline/mine") or "pipeline/mine" in done.stdout
+        found = ids()
+    assert set(found) == {"run", "mine", *(config.name for config in shipped())}
+    assert up.deployment("pipeline/mine")["parameters"]["config"]["seed"] == 5
+
+
+def test_a_second_one_says_what_is_there(up: Up) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "up", "--home", str(up.home)], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0
+    assert up.prefect in done.stdout
+    assert up.mlflow in done.stdout
+    assert "already" in done.stdout
+
+
+def test_a_port_that_is_taken(up: Up, tmp_path: Path) -> None:
+    port = urllib.parse.urlsplit(up.mlflow).port
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.cli", "up", "--home", str(tmp_path), "--mlflow-port", str(port)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert f"--mlflow-port {port}" in done.stderr
+
+
+def test_what_dies_is_started_again(up: Up) -> None:
+    for name in ("mlflow", "worker"):
+        [victim] = [one for one in up.tree() if one.ppid() == up.process.pid and name in one.cmdline()]
+        victim.kill()
+        wait_for(
+            lambda name=name, pid=victim.pid: any(
+                name in one.cmdline() and one.pid != pid for one in psutil.Process(up.process.pid).children()
+            ),
+            f"another {name}",
+        )
+    run = up.submit("preset/run", **SMOKE)
+    assert up.finish(run) == "COMPLETED"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left(tmp_path: Path, number: signal.Signals) -> None:
+    """Whatever ends it: no process stays, and no run stays Running, at the latest when it is started again."""
+    with started(tmp_path / "home") as first:
+        run = first.submit(
+            "preset/run", **SMOKE | {"overrides": ["resources.threads=1", "ppo.updates=2000", "ppo.checkpoint_every=1"]}
+        )
+        wait_for(lambda: list(first.home.glob("work/ppo-*/checkpoints/checkpoint-*")), "a checkpoint of ppo")
+        everyone = first.tree()
+        first.process.send_signal(number)
+        _, alive = psutil.wait_procs(everyone, timeout=90)
+        assert not alive
+    with started(tmp_path / "home") as second:
+        assert second.state(run) == ("CRASHED" if number == signal.SIGKILL else "CANCELLED")
