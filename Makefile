@@ -6,15 +6,19 @@ BIN := .venv/bin
 # One thread a process: several test processes on few cores otherwise slow each other down tenfold.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test check lint types bench mutations wheel clean
+.PHONY: demo test team check lint types bench mutations wheel clean
 
 demo: .venv/installed
 	$(BIN)/rlhf run demo
 
 test: .venv/installed
-	$(TEST_ENV) $(BIN)/pytest -n 2 --dist worksteal
+	$(TEST_ENV) $(BIN)/pytest -n 2 --dist worksteal --ignore tests/team
 
-check: lint types test
+# `rlhf up` as a whole: real servers, a worker, a browser (chromium) where there is one.
+team: .venv/installed
+	$(TEST_ENV) $(BIN)/pytest tests/team
+
+check: lint types test team
 
 lint: .venv/installed
 	$(BIN)/ruff check .

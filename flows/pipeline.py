@@ -35,7 +35,7 @@ watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 PresetName = Annotated[str, Field(json_schema_extra={"enum": list(presets())})]
 FULL = "full"
 NONE: Final = "none"
-Choice = StageName | Literal["none"]  # not an optional one: Prefect's form has a select for this
+Choice = Literal[StageName, "none"]  # not an optional one: Prefect's form has a select for this
 SizeName = Annotated[
     str, Field(json_schema_extra={"enum": [FULL, *sorted({size for one in presets().values() for size in one.sizes})]})
 ]

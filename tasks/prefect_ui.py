@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 from prefect import artifacts, runtime
+from prefect.settings import PREFECT_UI_URL
 
 from rlhf import headlines
 from rlhf.plan import StagePlan
@@ -62,8 +63,8 @@ def show_run(run: Run) -> None:
 
 def again_link(stage: str, option: str) -> str | None:
     """The address of the run form with this run's parameters and ``option`` set to the stage; None without one."""
-    deployment, page = runtime.deployment.id, runtime.flow_run.ui_url
-    if deployment is None or page is None:
+    deployment, base = runtime.deployment.id, PREFECT_UI_URL.value()
+    if deployment is None or base is None:
         return None
     parameters = dict(runtime.flow_run.parameters)
     parameters |= dict.fromkeys(("only", "from_stage", "until"), "none") | {
@@ -72,7 +73,6 @@ def again_link(stage: str, option: str) -> str | None:
         option: stage,
     }
     text = json.dumps(parameters, default=_jsonable, separators=(",", ":"))
-    base = page.partition("/runs/")[0]
     return f"{base}/deployments/deployment/{deployment}/run?parameters={quote(text, safe='')}"
 
 

@@ -1,0 +1,108 @@
+"""Scheduled retraining on a real server: runs are scheduled, the worker runs them, and only what is new is learnt."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.team.conftest import Up, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def deploy(up: Up, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "flows.cli", "deploy", str(folder / "nightly.yaml"), *arguments],
+        env={"PREFECT_API_URL": f"{up.prefect}/api", "HOME": str(folder), "PATH": ""},
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A configuration of one's own, with data that can change."""
+    rows = [{"prompt": f"What is {i} plus {i}?", "response": f"It is {2 * i}."} for i in range(60)]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "nightly.yaml").write_text("""\
+name: nightly
+data: {demonstrations: data.jsonl, validation_fraction: 0.2, test_fraction: 0.3}
+model: {init: random, layers: 1, width: 8, heads: 2, context: 64, vocab_size: 300}
+sft: {max_steps: 2, batch_size: 4}
+judge: off
+reward: off
+ppo: {rewards: {brevity: 1.0}, updates: 1, episodes: 4, max_new_tokens: 4}
+evaluate: {prompts: 4, max_new_tokens: 4, bootstrap: 20, scorers: {brief: brevity}}
+promotion: {metric: evaluate/ppo/brief}
+resources: {threads: 1}
+""")
+    return tmp_path
+
+
+@pytest.fixture
+def nightly(up: Up, project: Path) -> Iterator[dict[str, Any]]:
+    """Its deployment, looked at every minute; it is gone after the test."""
+    done = deploy(up, project, "--cron", "* * * * *", "--timezone", "Europe/Berlin")
+    assert done.returncode == 0, done.stderr
+    assert "retrain/nightly" in done.stdout
+    found = up.deployment("retrain/nightly")
+    yield found
+    up.api("DELETE", f"deployments/{found['id']}")
+
+
+def runs(up: Up, deployment: str, name: str) -> list[dict[str, Any]]:
+    """The runs of a deployment whose state has that name, oldest first."""
+    body = {"deployments": {"id": {"any_": [deployment]}}, "flow_runs": {"state": {"name": {"any_": [name]}}}}
+    return list(up.api("POST", "flow_runs/filter", sort="EXPECTED_START_TIME_ASC", **body))
+
+
+def test_a_schedule_retrains_when_there_is_something_new(up: Up, project: Path, nightly: dict[str, Any]) -> None:
+    [schedule] = nightly["schedules"]
+    assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == ("* * * * *", "Europe/Berlin")
+    # The server makes the runs, the worker runs them; nobody asks.
+    wait_for(lambda: runs(up, nightly["id"], "Scheduled"), "scheduled runs")
+    [first] = wait_for(lambda: runs(up, nightly["id"], "Promoted"), "the first retraining")
+    assert first["auto_scheduled"]
+    assert "there is no champion yet" in first["state"]["message"]
+    held = json.loads((up.home / "champions" / "nightly.json").read_text())
+    assert set(held["keys"]) == {"prepare", "sft", "ppo", "evaluate"}
+
+    [quiet, *_] = wait_for(lambda: runs(up, nightly["id"], "Nothing new"), "a retraining without news")
+    assert "Compared the data (data.jsonl), the configuration and the code" in quiet["state"]["message"]
+    assert held["run_id"] in quiet["state"]["message"]
+
+    with (project / "data.jsonl").open("a") as file:
+        file.write(json.dumps({"prompt": "What is new?", "response": "This row."}) + "\n")
+    later = wait_for(
+        lambda: runs(up, nightly["id"], "Promoted")[1:] + runs(up, nightly["id"], "Refused"), "one of the new data"
+    )
+    assert "prepare: data.demonstrations[0] data.jsonl" in later[0]["state"]["message"]
+
+
+def test_late_runs_do_not_pile_up(up: Up, nightly: dict[str, Any]) -> None:
+    asked = [up.submit("retrain/nightly") for _ in range(4)]
+    states = sorted(up.finish(run) for run in asked)
+    assert states.count("COMPLETED") >= 1
+    assert set(states) <= {"COMPLETED", "CANCELLED"}
+    assert "CANCELLED" in states
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--cron", "every night"), "every night"),
+        (("--cron", "0 3 * * *", "--timezone", "Mars/Olympus"), "Mars/Olympus"),
+    ],
+)
+def test_a_schedule_that_cannot_be_read(up: Up, project: Path, arguments: tuple[str, ...], says: str) -> None:
+    done = deploy(up, project, *arguments)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
