@@ -15,6 +15,8 @@ from pydantic import Field, create_model, model_validator
 from rlhf.data.settings import KINDS, Data
 from rlhf.labels import LABELS
 from rlhf.ppo import settings as ppo_settings
+from rlhf.resources import Resources as Resources
+from rlhf.resources import conflict as processes_conflict
 from rlhf.schema import (
     BY_CONTENT,
     NUMBERS_SAME,
@@ -273,17 +275,6 @@ class Evaluate(OptionalStage):
         return self
 
 
-class Resources(Section):
-    """Where it computes; none of it is in a cache key."""
-
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes CUDA where there is one.")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto",
-        description="Autocast type of the forward passes: auto is bf16 on CUDA and fp32 on a CPU. fp16 needs CUDA.",
-    )
-    threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads of torch; 0 takes all cores.")
-
-
 class Tracking(Section):
     """Where metrics go; none of it is in a cache key."""
 
@@ -328,7 +319,7 @@ class PipelineConfig(Section):
         self._check_preferences(pairs, needs)
         if (self.ppo.enabled or self.evaluate.enabled) and not (data.has("demonstrations") or data.has("prompts")):
             raise ValueError("ppo and evaluate need prompts: set data.prompts or data.demonstrations")
-        if problem := self._dtype_conflict():
+        if problem := self._dtype_conflict() or processes_conflict(self):
             raise ValueError(problem)
         if self.model.init == "random":
             if self.model.architecture == "t5" and self.reward.enabled and self.reward.path is None:

@@ -25,6 +25,7 @@ from rlhf.errors import ArtifactError
 from rlhf.plan import StagePlan
 from rlhf.stages import STAGES, stage_inputs
 from rlhf.tracker import JournalTracker
+from tasks import launch
 from tasks.locks import FlockLockManager
 from tasks.run import Run, current_run
 
@@ -88,18 +89,22 @@ def compute(run: Run, stage: str, key: str) -> ArtifactRef:
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    listener = run.listener(stage)
     context = Context(
         stage=stage,
         config=run.config,
         inputs={source: run.directory(source) for source in stage_inputs(stage, run.config)},
         out=out,
         checkpoints=work / "checkpoints",
-        tracker=JournalTracker(work / JOURNAL, run.listener(stage)),
+        tracker=JournalTracker(work / JOURNAL, listener),
     )
     context.checkpoints.mkdir(exist_ok=True)
     started = time.time()
     run.journal.start_stage(stage, tags={"rlhf.stage": stage, "rlhf.cache": "miss", "rlhf.key": key})
-    metrics = importlib.import_module(STAGES[stage].module).run(context)
+    if STAGES[stage].distributed and launch.is_wanted(run.config.resources):
+        metrics = launch.run(context, work / JOURNAL, listener)
+    else:
+        metrics = importlib.import_module(STAGES[stage].module).run(context)
     if (work / JOURNAL).exists():
         shutil.copy2(work / JOURNAL, out / JOURNAL)  # a copy: a kill before the publishing leaves it for the resumption
     manifest = make_manifest(
