@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     end_with(int(parent))
     os.environ[LAUNCHER] = str(os.getpid())
     from accelerate.commands.launch import launch_command, launch_command_parser
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
@@ -30,6 +32,10 @@ def main(arguments: Sequence[str]) -> int:
         codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
     except subprocess.CalledProcessError as error:  # the only process, which accelerate starts without torch's agent
         codes = {0: error.returncode}
+    except SignalException as error:  # the agent has ended the ranks; now as any program ends by that signal
+        signal.signal(error.sigval, signal.SIG_DFL)
+        os.kill(os.getpid(), error.sigval)
+        raise
     else:
         return 0
     (Path(place) / EXIT_CODES).write_text(json.dumps(codes), encoding="utf-8")
