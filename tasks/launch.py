@@ -290,7 +290,8 @@ def _error(
         found = RuntimeError(f"{stage}: rank {first.rank} of {count} failed: {first.kind}: {first.message}")
         found.add_note(first.traceback)
     else:
-        found = RuntimeError(f"{stage}: the launcher of its {count} processes {_ended(code)}")
+        last = f": {tail[-1]}" if code > 0 and tail else ""
+        found = RuntimeError(f"{stage}: the launcher of its {count} process(es) {_ended(code)}{last}")
         found.add_note("The last lines that it printed:\n" + "\n".join(tail))
     logger.error("%s\n%s", found, "\n".join(found.__notes__))
     return found

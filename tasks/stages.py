@@ -115,7 +115,7 @@ def compute(run: Run, stage: str, key: str) -> ArtifactRef:
         pipeline=run.config.name,
         metrics=dict(sorted(metrics.items())),
         run_id=run.id,
-        device=_device(run),
+        device=_device(run, stage),
         started=started,
         seconds=time.time() - started,
     )
@@ -141,11 +141,13 @@ def _reference(manifest: Manifest) -> ArtifactRef:
     return ArtifactRef(stage=manifest.stage, key=manifest.key, digest=manifest.digest)
 
 
-def _device(run: Run) -> str:
+def _device(run: Run, stage: str) -> str:
     import torch
 
     cuda = run.config.resources.device != "cpu" and torch.cuda.is_available()
-    return torch.cuda.get_device_name() if cuda else f"cpu ({os.cpu_count()} cores)"
+    device = torch.cuda.get_device_name() if cuda else f"cpu ({os.cpu_count()} cores)"
+    processes = run.config.resources.processes if STAGES[stage].distributed else 1
+    return f"{device}, {processes} processes" if processes > 1 else device
 
 
 TASKS = {stage: _task(stage) for stage in STAGES}

@@ -28,6 +28,10 @@ def good(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     return [float(len(response)) for response in responses]
 
 
+def plain(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    return [float(len(response)) for response in responses]
+
+
 def waits(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     meet()
     time.sleep(1000)

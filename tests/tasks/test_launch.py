@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -17,12 +18,23 @@ import pytest
 
 from rlhf.context import Context
 from rlhf.errors import ConfigError, DataError, RewardError
-from rlhf.tracker import Entry, Progress, read_journal
+from rlhf.ppo import stage
+from rlhf.tracker import Entry, NullTracker, Progress, read_journal
 from tasks import launch
 from tasks.messages import decode, encode
 
 Make = Callable[..., Context]
 NAMES = ("0", "1", "launcher")
+
+
+class Kept(NullTracker):
+    """Keeps what is logged."""
+
+    def __init__(self, kept: list[dict[str, float]]) -> None:
+        self._kept = kept
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._kept.append(dict(values))
 
 
 def run(context: Context, listener: Callable[[Entry | Progress], None] = lambda event: None) -> dict[str, float]:
@@ -67,6 +79,32 @@ def test_what_the_processes_say(make_ppo: Make, tmp_path: Path, caplog: pytest.L
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("processes", "kind"), [(2, "MULTI_GPU"), (1, "NO")])
+def test_a_file_of_accelerate_config(processes: int, kind: str, make_ppo: Make, tmp_path: Path) -> None:
+    """It is read, but its precision changes no number; a wrong one is what the error shows."""
+    file = tmp_path / "file.yaml"
+    content = f"compute_environment: LOCAL_MACHINE\ndistributed_type: {kind}\nuse_cpu: false\ndebug: true\n"
+    file.write_text(f"{content}mixed_precision: bf16\nnum_processes: {processes}\n")
+    context = make_ppo("plain", processes=processes, accelerate_config=str(file))
+    seen: list[dict[str, float]] = []
+    run(context, lambda event: seen.append(event.values) if isinstance(event, Entry) else None)
+    assert len(seen) == 2
+
+    expected: list[dict[str, float]] = []
+    alone = replace(context, out=tmp_path / "alone", checkpoints=tmp_path / "alone/checkpoints", tracker=Kept(expected))
+    alone.out.mkdir()
+    stage.run(alone)
+    for name in ("ppo/policy_loss", "ppo/value_loss", "ppo/grad_norm", "ppo/kl"):
+        assert [values[name] for values in seen] == pytest.approx([values[name] for values in expected], abs=1e-5), name
+
+    file.write_text(f"{content}num_processes: {processes}\nnum_proceses: 3\n")
+    with pytest.raises(
+        RuntimeError, match=r"ended with exit code 1: ValueError: .*unknown keys \(\['num_proceses'\]\)"
+    ):
+        run(context)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "kind", "message"),
     [
@@ -74,11 +112,15 @@ def test_what_the_processes_say(make_ppo: Make, tmp_path: Path, caplog: pytest.L
         ("breaks", RuntimeError, r"^ppo: rank 1 of 2 failed: AttributeError: .*token_rewards"),
         ("exits", RuntimeError, r"^ppo: rank 1 of 2 ended with exit code 7\n"),
         ("killed", RuntimeError, r"^ppo: rank 1 of 2 was killed by signal 9 \(SIGKILL\); did the machine run out"),
-        ("kills_launcher", RuntimeError, r"^ppo: the launcher of its 2 processes was killed by signal 9 \(SIGKILL\)"),
+        (
+            "kills_launcher",
+            RuntimeError,
+            r"^ppo: the launcher of its 2 process\(es\) was killed by signal 9 \(SIGKILL\)",
+        ),
         (
             "terminates_launcher",
             RuntimeError,
-            r"^ppo: the launcher of its 2 processes was killed by signal 15 \(SIGTERM\)\n",
+            r"^ppo: the launcher of its 2 process\(es\) was killed by signal 15 \(SIGTERM\)\n",
         ),
     ],
 )
