@@ -20,7 +20,7 @@ from tasks.messages import EXIT_CODES, LAUNCHER
 def main(arguments: Sequence[str]) -> int:
     """Launch and wait; 0 if all processes ended well, else 1, with ``EXIT_CODES`` written."""
     parent, place, *rest = arguments
-    end_with(int(parent))
+    end_with(int(parent), signal.SIGKILL)  # and the ranks with it: the next run may be about to use their folders
     os.environ[LAUNCHER] = str(os.getpid())
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.api import SignalException

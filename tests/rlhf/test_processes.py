@@ -244,3 +244,22 @@ def test_four_processes_have_a_quarter_each(
     context = toy.context("sft", sft={"batch_size": 28, "micro_batch_size": micro})
     args = training.training_arguments(RewardConfig, context.config.sft, context)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == expected
+
+
+@pytest.mark.parametrize("index", [0, 2])
+def test_each_process_drops_out_other_activations(index: int, toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Trainer:
+        seed = 0
+
+        def remove_callback(self, callback: Any) -> None: ...
+
+        def add_callback(self, callback: Any) -> None: ...
+
+        def train(self, resume_from_checkpoint: Any) -> None:
+            self.seed = torch.initial_seed()
+
+    monkeypatch.setattr(processes, "index", lambda: index)
+    context, trainer = toy.context("sft"), Trainer()
+    training.seed_everything(context.config.seed)
+    training.train(trainer, context, None)  # type: ignore[arg-type]
+    assert trainer.seed == context.config.seed + index

@@ -169,7 +169,7 @@ def test_a_cancelled_pipeline_leaves_no_process(
 @pytest.mark.slow
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_pipeline_leaves_no_process(by: signal.Signals, make_ppo: Make, tmp_path: Path) -> None:
-    context = make_ppo("waits")
+    context = make_ppo("stubborn")
     given = {"config": context.config.model_dump(mode="json"), "inputs": context.inputs}
     given |= {"out": context.out, "checkpoints": context.checkpoints}
     (tmp_path / "given.json").write_text(json.dumps(given, default=str))
@@ -183,7 +183,7 @@ def test_a_killed_pipeline_leaves_no_process(by: signal.Signals, make_ppo: Make,
             pipeline.wait(30)
         finally:
             pipeline.kill()
-    assert_gone(found, seconds=60)
+    assert_gone(found, seconds=5)
 
 
 def test_devices_that_are_not_there(make_ppo: Make, monkeypatch: pytest.MonkeyPatch) -> None:
