@@ -10,11 +10,12 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import psutil
 
-from flows.server import die_with_parent
+from tasks.lifetime import end_with
 
 BACKOFF_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)  # before a child that has died is started again
 
@@ -41,7 +42,8 @@ class Child:
                 stdout=output,
                 stderr=output,
                 stdin=subprocess.DEVNULL,
-                preexec_fn=die_with_parent,
+                start_new_session=True,
+                preexec_fn=partial(end_with, os.getpid()),
             )
 
     @property

@@ -5,20 +5,19 @@ run, and starts while torch is still being imported. Its database (``<home>/pref
 """
 
 import atexit
-import ctypes
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 from rlhf.locks import lock, unlock
+from tasks.lifetime import end_with
 from tasks.prefect_server import PRIVATE
 
 START_TIMEOUT_SECONDS = 120.0
-_PR_SET_PDEATHSIG = 1
 
 
 def configure(home: Path) -> None:
@@ -71,7 +70,8 @@ class Server:
                 stdout=output,
                 stderr=output,
                 stdin=subprocess.DEVNULL,
-                preexec_fn=die_with_parent,
+                start_new_session=True,  # Ctrl-C is the run's to handle
+                preexec_fn=partial(end_with, os.getpid()),
             )
 
     def wait(self) -> None:
@@ -115,10 +115,3 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
-
-
-def die_with_parent() -> None:
-    """Runs in the child: ask the kernel to end it when the parent goes, however it goes; leave Ctrl-C to the parent."""
-    os.setsid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -15,6 +15,8 @@ from pydantic import Field, create_model, model_validator
 from rlhf.data.settings import KINDS, Data
 from rlhf.labels import LABELS
 from rlhf.ppo import settings as ppo_settings
+from rlhf.resources import Resources as Resources
+from rlhf.resources import conflict as processes_conflict
 from rlhf.schema import (
     BY_CONTENT,
     NUMBERS_SAME,
@@ -273,24 +275,6 @@ class Evaluate(OptionalStage):
         return self
 
 
-class Resources(Section):
-    """Where it computes; none of it is in a cache key."""
-
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="`auto` takes CUDA where there is one.")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto",
-        description="Autocast type of the forward passes: auto is bf16 on CUDA and fp32 on a CPU. fp16 needs CUDA.",
-    )
-    threads: Annotated[int, Field(ge=0)] = Field(0, description="CPU threads of torch; 0 takes all cores.")
-    slot: str = Field(
-        "gpu",
-        pattern=r"^[A-Za-z0-9._-]{0,64}$",
-        description="Stages that compute with models take a slot of this name first, so that runs which share a GPU do "
-        "so one after the other. Nothing for no slot.",
-    )
-    slots: Count = Field(1, description="How many slots of that name there are: GPUs of a machine, say.")
-
-
 class Tracking(Section):
     """Where metrics go; none of it is in a cache key."""
 
@@ -344,7 +328,7 @@ class PipelineConfig(Section):
         self._check_preferences(pairs, needs)
         if (self.ppo.enabled or self.evaluate.enabled) and not (data.has("demonstrations") or data.has("prompts")):
             raise ValueError("ppo and evaluate need prompts: set data.prompts or data.demonstrations")
-        if problem := self._dtype_conflict():
+        if problem := self._dtype_conflict() or processes_conflict(self):
             raise ValueError(problem)
         if self.model.init == "random":
             if self.model.architecture == "t5" and self.reward.enabled and self.reward.path is None:

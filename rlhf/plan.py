@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pydantic import JsonValue
 
+from rlhf.accelerate_file import check_file
 from rlhf.artifacts import FileHashes, Manifest, Store
 from rlhf.config import PipelineConfig
 from rlhf.data.settings import KINDS
@@ -112,8 +113,9 @@ class Planner:
 
         Raises:
             NotCachedError: the selection wants a stage from the cache and it is not there.
-            InputError: a file or module that the configuration names is missing.
+            InputError: a file or module that the configuration names is missing, or cannot be used.
         """
+        check_file(self.config.resources)
         plans: dict[str, StagePlan] = {}
         for stage in self.selection.stages(self.config):
             known = {name: plan.manifest for name, plan in plans.items() if plan.manifest is not None}

@@ -28,6 +28,7 @@ from rlhf.yaml12 import read_mapping, write_value
 ABOUT = ("description", "needs", "sizes", "preset")  # keys of a file that are not part of the schema
 PATH_LISTS = tuple(("data", kind) for kind in KINDS)
 MODEL_PATHS = (("model", "path"), ("reward", "path"))
+OTHER_PATHS = (("resources", "accelerate_config"),)
 FUNCTIONS = (("data", "computed"), ("judge", "rewards"), ("ppo", "rewards"), ("evaluate", "scorers"))
 
 
@@ -202,7 +203,7 @@ def _clean(layer: Layer, folder: Path) -> Layer:
         elif section and issubclass(section, OptionalStage) and value in (True, False, "on", "off"):
             value = {"enabled": value in (True, "on")}
         values[key] = dict(value) if isinstance(value, dict) else value
-    for section_name, key in (*PATH_LISTS, *MODEL_PATHS):
+    for section_name, key in (*PATH_LISTS, *MODEL_PATHS, *OTHER_PATHS):
         settings = values.get(section_name)
         if isinstance(settings, dict) and settings.get(key):
             settings[key] = _absolute(settings[key], folder, maybe_hub=(section_name, key) in MODEL_PATHS)

@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from rlhf import adapt, models, training
+from rlhf import adapt, models, processes, training
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from rlhf.context import Context
 
 IGNORED = -100  # label of a token that the loss does not count
+NOTHING = {"input_ids": [0, 0], "labels": [IGNORED, IGNORED]}
 
 
 class Row(NamedTuple):
@@ -51,9 +52,11 @@ class ResponseLoss(training.PipelineTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """Sum over the response tokens of a micro-batch, divided by those of the whole batch."""
+        """Sum over the response tokens of a micro-batch, divided by those of the whole batch of all processes."""
         total, count = response_loss(model, inputs)
-        return total / (count if num_items_in_batch is None else num_items_in_batch)
+        if num_items_in_batch is None:
+            return total / count
+        return total / num_items_in_batch * processes.count()  # gradients and losses are averaged over the processes
 
 
 class CausalTrainer(ResponseLoss, SFTTrainer):  # type: ignore[misc]
@@ -66,6 +69,8 @@ class EncoderDecoderTrainer(ResponseLoss, Seq2SeqTrainer):  # type: ignore[misc]
 
 def run(context: Context) -> dict[str, float]:
     """Train on the demonstrations of the training split; write ``model/``, adapters merged.
+
+    Of several processes, the first one writes and returns the figures; the others end with the training.
 
     Returns:
         ``sft/final_loss``: mean over the last ``log_every`` steps; ``sft/validation_loss``: of the trained model, also
@@ -95,6 +100,8 @@ def run(context: Context) -> dict[str, float]:
         return {"validation_loss": mean_loss(trainer.model, held_out, size)} if held_out else {}
 
     training.train(trainer, context, training.resume_from(context), validate)
+    if processes.index():
+        return {}
     final = validate()
     trained = trainer.model
     trainable = training.trainable_parameters(trained)
@@ -125,6 +132,7 @@ def _trainer(model: Any, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]
         data_collator=collate,
         processing_class=tokenizer,
     )
+    trainer.rows_a_step = context.config.sft.batch_size
     trainer.model_accepts_loss_kwargs = True  # it is our loss that takes the batch's number of tokens, not the model's
     return trainer
 
@@ -155,7 +163,9 @@ def collate(rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, Tensor]:
     """A batch of rows, each part padded on the right: ``input_ids``, ``attention_mask`` and ``labels``, each (B, T).
 
     The mask comes from lengths: padding may be end-of-sequence, and an encoder reads positions that count from 0.
+    No rows are one without a label, which adds nothing to a loss.
     """
+    rows = rows or [NOTHING]
     ids = [row["input_ids"] for row in rows]
     return {
         "input_ids": training.padded(ids, 0),
@@ -171,9 +181,10 @@ def response_loss(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> tuple
         inputs: as ``collate`` makes them. In a causal model position t predicts label t + 1, so the first label never
             counts; in an encoder-decoder, position t of the decoder, which reads label t - 1, predicts label t.
     """
+    config = getattr(model, "module", model).config  # several processes wrap the model
     labels, seen = inputs["labels"], {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    if model.config.is_encoder_decoder:
-        read = decoder_input_ids(labels, model.config.decoder_start_token_id)
+    if config.is_encoder_decoder:
+        read = decoder_input_ids(labels, config.decoder_start_token_id)
         output = model(**seen, decoder_input_ids=read, use_cache=False)
     else:
         labels = labels[:, 1:]

@@ -29,6 +29,7 @@ class Stage(NamedTuple):
     inputs: dict[str, tuple[str, ...]]
     libraries: tuple[str, ...]  # distributions whose versions shape its numbers
     reads_base: bool = False  # whether it opens the base model even when there is an SFT policy
+    distributed: bool = False  # whether it can run in several processes, of which only the first one writes
 
 
 _WEIGHTS = ("model.lora_rank", "model.lora_alpha", "model.dtype")
@@ -55,6 +56,7 @@ STAGES: dict[str, Stage] = {
             inputs={"prepare": ("demonstrations", "base")},
             libraries=(*_TORCH, "trl", "datasets"),
             reads_base=True,
+            distributed=True,
         ),
         Stage(
             name="judge",
@@ -76,6 +78,7 @@ STAGES: dict[str, Stage] = {
                 "judge": ("preferences", "ratings"),
             },
             libraries=(*_TORCH, "trl", "datasets"),
+            distributed=True,
         ),
         Stage(
             name="ppo",
@@ -83,6 +86,7 @@ STAGES: dict[str, Stage] = {
             settings=("ppo", *_WEIGHTS),
             inputs={"prepare": ("prompts", "base"), "sft": ("model",), "reward": ("model",)},
             libraries=_TORCH,
+            distributed=True,
         ),
         Stage(
             name="evaluate",

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.utils import logging as hf_logging
 
-from rlhf import allocator, checkpoints
+from rlhf import allocator, checkpoints, processes
 from rlhf.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
@@ -115,16 +115,19 @@ def training_arguments(cls: type[A], section: Supervised, context: Context, **ex
     Checkpoints fall on logged steps (``checkpoint_every`` is rounded up to a multiple of ``log_every``), as a Trainer
     forgets at a resume what it has averaged since the last log. Nothing is sent anywhere, printed, or drawn.
 
+    Several processes share out each batch; ``PipelineTrainer.rows_a_step`` is its whole size.
+
     Args:
         cls: ``SFTConfig`` or ``RewardConfig``, or any other kind of ``TrainingArguments``.
         extra: further arguments of ``cls``.
     """
     config, device = context.config, device_of(context.config.resources)
-    micro_batch = section.micro_batch_size or section.batch_size
+    share = math.ceil(section.batch_size / processes.count())
+    micro_batch = min(section.micro_batch_size or share, share)
     arguments: A = cls(
         output_dir=str(context.checkpoints),
         per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=section.batch_size // micro_batch,
+        gradient_accumulation_steps=math.ceil(share / micro_batch),
         num_train_epochs=section.epochs,
         max_steps=section.max_steps or -1,
         optim="adamw_torch_fused",
@@ -159,17 +162,29 @@ def training_arguments(cls: type[A], section: Supervised, context: Context, **ex
 class PipelineTrainer:
     """Comes before a TRL trainer in the bases of a class: exact order of rows, losses checked, no traces elsewhere.
 
-    ``train_dataset`` must have a column ``length``, in tokens.
+    ``train_dataset`` must have a column ``length``, in tokens. ``rows_a_step`` is the size of a whole batch, which
+    several processes share out; the data collator then makes a batch that counts nothing of no rows.
     """
 
     stage: str
+    rows_a_step: int
     args: TrainingArguments
     state: TrainerState
     train_dataset: Any
+    data_collator: Any
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        rows_a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedSampler(self.train_dataset["length"], rows_a_step, self.args.seed)
+        return LengthGroupedSampler(self.train_dataset["length"], self.rows_a_step, self.args.seed)
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Rows in the sampler's order, shared out if there are several processes."""
+        if processes.count() == 1:
+            loader: DataLoader[Any] = super().get_train_dataloader()  # type: ignore[misc]
+            return loader
+        order, micro_batch = self._get_train_sampler(), self.args.train_batch_size
+        shares = processes.Shares(order, self.rows_a_step, micro_batch, processes.index(), processes.count())
+        pin = self.args.dataloader_pin_memory
+        return processes.SharedLoader(self.train_dataset, shares, collate_fn=self.data_collator, pin_memory=pin)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
@@ -257,6 +272,9 @@ class PipelineCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         directory = Path(str(args.output_dir))
         path = directory / f"checkpoint-{state.global_step}"
+        processes.wait()  # each has written its own random numbers' state
+        if processes.index():
+            return
         (path / MARK).write_text(json.dumps({"mark": self._context.tracker.mark()}), encoding="utf-8")
         checkpoints.seal(path)
         checkpoints.prune(directory)
@@ -265,10 +283,11 @@ class PipelineCallback(TrainerCallback):  # type: ignore[misc]
 def resume_from(context: Context) -> Path | None:
     """The checkpoint to go on from: the newest that verifies, or None. The others that are newer are deleted.
 
-    The stage's journal is cut back to where it was then.
+    The stage's journal is cut back to where it was then. Several processes find the same one.
     """
-    path = checkpoints.latest(context.checkpoints)
-    checkpoints.drop_after(context.checkpoints, path)
+    with processes.first_one_first():  # what process 0 has deleted, the others do not find
+        path = checkpoints.latest(context.checkpoints)
+        checkpoints.drop_after(context.checkpoints, path)
     if path is None:
         return None
     context.tracker.rewind(json.loads((path / MARK).read_text(encoding="utf-8"))["mark"])
@@ -284,12 +303,17 @@ def train(
 ) -> None:
     """Run a Trainer to its end, from a checkpoint of ``resume_from`` or from the start.
 
+    Several processes all call ``evaluate`` and reckon the same; process 0 logs it. Once this returns, none of them
+    needs another.
+
     Raises:
         TrainingError: a loss or gradient is not finite; the checkpoints before it are kept.
     """
     trainer.stage = context.stage
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(PipelineCallback(context, evaluate))
+    if processes.index():  # processes drop out different activations; adapters and heads are those of process 0 anyway
+        seed_everything(context.config.seed + processes.index())
     with quiet():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 

@@ -25,6 +25,7 @@ from rlhf.errors import ArtifactError
 from rlhf.plan import StagePlan
 from rlhf.stages import STAGES, stage_inputs
 from rlhf.tracker import JournalTracker
+from tasks import launch
 from tasks.locks import FlockLockManager
 from tasks.run import Run, current_run
 from tasks.slots import slot
@@ -89,19 +90,23 @@ def compute(run: Run, stage: str, key: str) -> ArtifactRef:
     out = work / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    listener = run.listener(stage)
     context = Context(
         stage=stage,
         config=run.config,
         inputs={source: run.directory(source) for source in stage_inputs(stage, run.config)},
         out=out,
         checkpoints=work / "checkpoints",
-        tracker=JournalTracker(work / JOURNAL, run.listener(stage)),
+        tracker=JournalTracker(work / JOURNAL, listener),
     )
     context.checkpoints.mkdir(exist_ok=True)
     with slot(run, stage):
         started = time.time()
         run.journal.start_stage(stage, tags={"rlhf.stage": stage, "rlhf.cache": "miss", "rlhf.key": key})
-        metrics = importlib.import_module(STAGES[stage].module).run(context)
+        if STAGES[stage].distributed and launch.is_wanted(run.config.resources):
+            metrics = launch.run(context, work / JOURNAL, listener)
+        else:
+            metrics = importlib.import_module(STAGES[stage].module).run(context)
     if (work / JOURNAL).exists():
         shutil.copy2(work / JOURNAL, out / JOURNAL)  # a copy: a kill before the publishing leaves it for the resumption
     manifest = make_manifest(
@@ -112,7 +117,7 @@ def compute(run: Run, stage: str, key: str) -> ArtifactRef:
         pipeline=run.config.name,
         metrics=dict(sorted(metrics.items())),
         run_id=run.id,
-        device=_device(run),
+        device=_device(run, stage),
         started=started,
         seconds=time.time() - started,
     )
@@ -138,11 +143,13 @@ def _reference(manifest: Manifest) -> ArtifactRef:
     return ArtifactRef(stage=manifest.stage, key=manifest.key, digest=manifest.digest)
 
 
-def _device(run: Run) -> str:
+def _device(run: Run, stage: str) -> str:
     import torch
 
     cuda = run.config.resources.device != "cpu" and torch.cuda.is_available()
-    return torch.cuda.get_device_name() if cuda else f"cpu ({os.cpu_count()} cores)"
+    device = torch.cuda.get_device_name() if cuda else f"cpu ({os.cpu_count()} cores)"
+    processes = run.config.resources.processes if STAGES[stage].distributed else 1
+    return f"{device}, {processes} processes" if processes > 1 else device
 
 
 TASKS = {stage: _task(stage) for stage in STAGES}

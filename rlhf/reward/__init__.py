@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from rlhf import adapt, models, plots, training
+from rlhf import adapt, models, plots, processes, training
 from rlhf.errors import DataError, ModelError
 from rlhf.intervals import Floats
 from rlhf.reward import held_out
@@ -48,6 +48,8 @@ def run(context: Context) -> dict[str, float]:
     where there are ratings: ``split``, ``rating`` and ``score``. Both shifted like all scores. ``calibration.json`` has
     the held-out figures, ``calibration.png`` the reliability diagram.
 
+    Of several processes, the first one writes and returns the figures; the others end with the training.
+
     Raises:
         ModelError: the model to start from cannot be loaded.
         DataError: there is nothing to train on, or a text is longer than the model's context.
@@ -57,6 +59,8 @@ def run(context: Context) -> dict[str, float]:
     training.set_up_cpu(config.resources)
     training.seed_everything(config.seed)
     model, tokenizer, train = learn(context)
+    if processes.index():
+        return {}
     read = Reader(context, tokenizer, model)
     pairs, ratings = read.pairs("test"), read.ratings("test")
     references = read.references() or (train.chosen if isinstance(train, Pairs) else train.texts)[:REFERENCES]
@@ -123,7 +127,8 @@ def _trained(
     if checkpoint is None:
         training.log_values(context, validate(), 0)
     training.train(trainer, context, checkpoint, validate)
-    training.log_values(context, validate(), trainer.state.global_step)
+    if processes.index() == 0:
+        training.log_values(context, validate(), trainer.state.global_step)
     lora = context.config.model.lora_rank
     trained: PreTrainedModel = adapt.merge_lora(trainer.model) if lora else trainer.model
     return trained

@@ -123,6 +123,11 @@ CASES: list[Case] = [
         ),
         ("width and heads", configured("heads: 2", "heads: 3"), ("config.yaml", "width 8", "heads 3")),
         ("no room for a prompt", overridden("ppo.max_new_tokens=64"), ("--set ppo.max_new_tokens", "model.context 64")),
+        (
+            "batch that processes cannot share",
+            overridden("resources.processes=3"),
+            ("sft.batch_size 32", "a multiple of resources.processes 3"),
+        ),
         ("reward model without its stage", overridden("reward=off"), ("ppo.rewards", "reward stage is off")),
         # --- overrides
         (

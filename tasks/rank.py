@@ -1,0 +1,93 @@
+"""What each process of a distributed stage runs: the stage, in a context that says which process it is.
+
+    python -m tasks.rank <folder>
+
+A ``Spec`` in the folder says what to do. Process 0 keeps the stage's journal, tells the pipeline of its entries
+through a named pipe, and leaves the stage's metrics. A process that fails leaves its error, as JSON.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+from rlhf import processes, training
+from rlhf.config import PipelineConfig
+from rlhf.context import Context
+from rlhf.errors import ConfigError
+from rlhf.stages import STAGES
+from rlhf.tracker import Entry, JournalTracker, Listener, NullTracker, Progress
+from tasks.lifetime import end_with
+from tasks.messages import EVENTS, FAILURE, LAUNCHER, METRICS, SPEC, Failure, Spec, encode
+
+
+def run(place: Path) -> None:
+    """Run the stage in this process.
+
+    Raises:
+        ConfigError: there are not as many processes as there should be.
+        Exception: what the stage raises.
+    """
+    spec = Spec(**json.loads((place / SPEC).read_text(encoding="utf-8")))
+    if processes.count() != spec.processes:
+        raise ConfigError(
+            f"resources.processes is {spec.processes}, but accelerate started {processes.count()}; "
+            "look at resources.accelerate_config"
+        )
+    first = processes.index() == 0
+    config = PipelineConfig.model_validate(spec.config)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = training.mixed_precision(config.resources)
+    context = Context(
+        stage=spec.stage,
+        config=config,
+        inputs={stage: Path(path) for stage, path in spec.inputs.items()},
+        out=Path(spec.out),
+        checkpoints=Path(spec.checkpoints),
+        tracker=JournalTracker(Path(spec.journal), _teller(place / EVENTS)) if first else NullTracker(),
+    )
+    metrics = importlib.import_module(STAGES[spec.stage].module).run(context)
+    if first:
+        (place / METRICS).write_text(json.dumps(metrics), encoding="utf-8")
+
+
+def main(place: Path) -> int:
+    """Run the stage; the exit code."""
+    # By a signal that nobody can catch: a reward function may have changed what the others do.
+    end_with(int(os.environ[LAUNCHER]), signal.SIGKILL)
+    rank = processes.index()
+    logging.basicConfig(format=f"[rank {rank}] %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("rlhf").setLevel(logging.INFO)
+    try:
+        run(place)
+    except BaseException as error:
+        failure = Failure(rank, time.time(), type(error).__name__, str(error), traceback.format_exc())
+        temporary = place / f".{rank}"
+        temporary.write_text(json.dumps(failure._asdict()), encoding="utf-8")
+        temporary.rename(place / FAILURE.format(rank))
+        return 1
+    return 0
+
+
+def _teller(pipe: Path) -> Listener:
+    """A listener that writes what it hears into a named pipe."""
+    file = pipe.open("w", encoding="utf-8")
+
+    def tell(event: Entry | Progress) -> None:
+        file.write(encode(event))
+        file.flush()
+
+    return tell
+
+
+if __name__ == "__main__":
+    code = main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # at once: nothing is left to do, and the end of a process group may wait for ever for its others
