@@ -134,20 +134,30 @@ def _settled(config: PipelineConfig, folder: Path) -> dict[str, Settled]:
 def _check_splits(kinds: Mapping[str, Settled | Sized], config: PipelineConfig) -> None:
     """Raise where a split that a stage needs is empty."""
     needed = [(kind, "train") for kind in kinds]
+    prompts = "prompts" if "prompts" in kinds else "demonstrations"
     if config.evaluate.enabled:
-        needed.append(("prompts" if "prompts" in kinds else "demonstrations", "test"))
+        needed.append((prompts, "test"))
+    if config.ppo.enabled and config.ppo.eval_every:
+        needed.append((prompts, "validation"))
     if config.reward.enabled:
         needed += [(kind, "test") for kind in ("preferences", "labelled", "ratings") if kind in kinds]
     for kind, split in needed:
         found = kinds[kind]
         if not found.splits[split]:
-            change = "raise" if split == "test" else "lower"
             lost = "".join(f", {count} {reason}" for reason, count in found.lost.items() if count)
             raise DataError(
                 f"{found.where}: the {split} split is empty: none of {found.kept} rows fell into it with "
-                f"data.test_fraction {config.data.test_fraction}, as a hash of the prompt decides (rows read: "
-                f"{found.read}{lost}). Give more rows, or {change} data.test_fraction"
+                f"data.validation_fraction {config.data.validation_fraction} and data.test_fraction "
+                f"{config.data.test_fraction}, as a hash of the prompt decides where a source does not say its split "
+                f"(rows read: {found.read}{lost}). Give more rows, or {_CHANGES[split]}"
             )
+
+
+_CHANGES = {
+    "train": "lower data.test_fraction",
+    "validation": "raise data.validation_fraction, or set ppo.eval_every: 0",
+    "test": "raise data.test_fraction",
+}
 
 
 def _pretrained_tokenizer(config: PipelineConfig) -> PreTrainedTokenizerBase:

@@ -344,6 +344,11 @@ CASES: list[Case] = [
             ("data.prompts", "test split is empty", "raise data.test_fraction"),
         ),
         (
+            "no validation split for the evaluations of ppo",
+            overridden("data.validation_fraction=0", "ppo.eval_every=1"),
+            ("data.prompts", "validation split is empty", "ppo.eval_every: 0"),
+        ),
+        (
             "everything dropped",
             overridden("data.max_prompt_tokens=1", "data.too_long=drop"),
             ("train split is empty", "none of 0 rows", "rows read: 40, 40 too_long"),
