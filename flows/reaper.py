@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flows.deployments import POOL
 from rlhf.locations import home_directory
-from tasks.prefect_server import flow_run_lives, flow_run_was_here
+from tasks.prefect_server import flow_run_lives, flow_run_was_here, forget_flow_run
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun, State, StateType
@@ -50,6 +50,7 @@ def reap(worker: str, pool: str = POOL) -> list[str]:
                 "PENDING": Scheduled(message="Its process was gone before it began."),
             }[_type(run)]
             client.set_flow_run_state(run.id, state, force=True)
+            forget_flow_run(home, str(run.id))
             found.append(run.name)
     return found
 

@@ -147,7 +147,7 @@ def _programs(options: argparse.Namespace, home: Path) -> tuple[Child, Child, Ch
         if not scheme.startswith("postgresql") or not rest:
             raise ConfigError(f"--database-url {scheme}://...: must be postgresql://user@host:port/name")
         prefect_environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = f"postgresql+asyncpg://{rest}"
-        mlflow_store = f"postgresql+psycopg2://{rest}"
+        mlflow_store = _mlflow_database(rest)
     address = ("--host", options.host, "--port")
     prefect = Child(
         "Prefect",
@@ -182,6 +182,30 @@ def _programs(options: argparse.Namespace, home: Path) -> tuple[Child, Child, Ch
         logs / "worker.log",
     )
     return prefect, mlflow, worker
+
+
+def _mlflow_database(rest: str) -> str:
+    """The address of MLflow's tables: in a schema of their own, as some of Prefect's have the same names.
+
+    Args:
+        rest: user, host, port and name of the database, as in ``--database-url``.
+
+    Raises:
+        ConfigError: the driver is missing, or the database cannot be reached.
+    """
+    try:
+        import psycopg2
+    except ImportError:
+        raise ConfigError(
+            "--database-url: MLflow needs psycopg2 for PostgreSQL; pip install 'rlhf-pipeline[postgres]'"
+        ) from None
+    try:
+        with psycopg2.connect(f"postgresql://{rest}", connect_timeout=30) as connection:
+            connection.cursor().execute("CREATE SCHEMA IF NOT EXISTS mlflow")
+        connection.close()
+    except psycopg2.OperationalError as error:
+        raise ConfigError(f"--database-url: the database does not answer: {error}".strip()) from None
+    return f"postgresql+psycopg2://{rest}{'&' if '?' in rest else '?'}options=-csearch_path%3Dmlflow"
 
 
 def _serve(options: argparse.Namespace, addresses: Addresses, console: Console) -> int:

@@ -76,5 +76,10 @@ def flow_run_was_here(home: Path, flow_run: str) -> bool:
     return _life(home, flow_run).exists()
 
 
+def forget_flow_run(home: Path, flow_run: str) -> None:
+    """Take away what a dead process left of a flow run."""
+    _life(home, flow_run).unlink(missing_ok=True)
+
+
 def _life(home: Path, flow_run: str) -> Path:
     return home / "locks" / f"flow-run-{flow_run}.lock"
