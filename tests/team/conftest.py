@@ -108,6 +108,8 @@ def started(home: Path, *arguments: str) -> Iterator[Up]:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)
             process.wait(timeout=120)
+        if process.stdout:
+            process.stdout.close()
 
 
 @pytest.fixture(scope="package")
