@@ -68,6 +68,7 @@ def up(options: argparse.Namespace, console: Console) -> int:
     if lock is None:
         return _already(home, console)
     try:
+        (home / STATE).unlink(missing_ok=True)  # of one that was killed
         _check_ports(options)
         addresses = Addresses(
             os.getpid(),

@@ -83,6 +83,15 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = SECONDS) 
     raise AssertionError(f"waited {seconds:.0f} s for {what}")
 
 
+def _said(home: Path) -> dict[str, Any]:
+    """What the ``rlhf up`` that was ready last has written."""
+    try:
+        found: dict[str, Any] = json.loads((home / "up.json").read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found
+
+
 @contextmanager
 def started(home: Path, *arguments: str) -> Iterator[Up]:
     """Run ``rlhf up`` on a home folder, and end it as Ctrl-C does."""
@@ -100,9 +109,9 @@ def started(home: Path, *arguments: str) -> Iterator[Up]:
         text=True,
     )
     try:
-        wait_for(lambda: (home / "up.json").exists() or process.poll() is not None, "rlhf up")
+        wait_for(lambda: _said(home).get("pid") == process.pid or process.poll() is not None, "rlhf up")
         assert process.poll() is None, process.stdout and process.stdout.read()
-        said = json.loads((home / "up.json").read_text())
+        said = _said(home)
         yield Up(process, home, said["prefect"], said["mlflow"])
     finally:
         if process.poll() is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
@@ -140,16 +141,21 @@ def test_a_port_that_is_taken(up: Up, tmp_path: Path) -> None:
     assert f"--mlflow-port {port}" in done.stderr
 
 
-def test_what_dies_is_started_again(up: Up) -> None:
-    for name in ("mlflow", "worker"):
-        [victim] = [one for one in up.tree() if one.ppid() == up.process.pid and name in one.cmdline()]
-        victim.kill()
-        wait_for(
-            lambda name=name, pid=victim.pid: any(
-                name in one.cmdline() and one.pid != pid for one in psutil.Process(up.process.pid).children()
-            ),
-            f"another {name}",
-        )
+def child(up: Up, name: str) -> int | None:
+    """The process id of a program that ``rlhf up`` has started."""
+    for one in psutil.Process(up.process.pid).children():
+        with contextlib.suppress(psutil.Error):  # it has died, and nobody has looked yet
+            if name in one.cmdline():
+                return one.pid
+    return None
+
+
+@pytest.mark.parametrize("name", ["mlflow", "worker"])
+def test_what_dies_is_started_again(up: Up, name: str) -> None:
+    victim = child(up, name)
+    assert victim is not None
+    psutil.Process(victim).kill()
+    wait_for(lambda: child(up, name) not in (None, victim), f"another {name}")
     run = up.submit("preset/run", **SMOKE)
     assert up.finish(run) == "COMPLETED"
 
