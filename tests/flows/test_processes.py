@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.sorting import LogSort
 
 from tests.rlhf.projects import good
 
@@ -25,7 +26,7 @@ def broken(prompts, responses):
 
 def prefect_log() -> list[str]:
     with get_client(sync_client=True) as client:
-        return [entry.message for entry in client.read_logs(limit=200)]
+        return [entry.message for entry in client.read_logs(limit=200, sort=LogSort.TIMESTAMP_DESC)]
 
 
 @pytest.mark.slow

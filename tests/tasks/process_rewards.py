@@ -15,9 +15,9 @@ from rlhf.ppo import core
 def meet() -> int:
     """The number of this process, once both have written their id."""
     place, rank = Path(os.environ["TEST_PIDS"]), int(os.environ["RANK"])
-    (place / f".{rank}").write_text(str(os.getpid()))
-    (place / f".{rank}").rename(place / f"{rank}")
-    (place / "launcher").write_text(os.environ["RLHF_LAUNCHER"])
+    for name, pid in ((f"{rank}", str(os.getpid())), ("launcher", os.environ["RLHF_LAUNCHER"])):
+        (place / f".{name}-{rank}").write_text(pid)
+        (place / f".{name}-{rank}").rename(place / name)  # it is there whole, whenever someone is killed
     while not all((place / name).exists() for name in "01"):
         time.sleep(0.01)
     return rank

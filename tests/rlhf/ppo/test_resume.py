@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,8 +23,11 @@ TIMED = ("ppo/seconds", "ppo/tokens_per_second", "ppo/peak_memory_bytes")
 
 
 def whimsical(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """A reward with random numbers of its own, from Python's and torch's global generators."""
-    return [len(r) * 0.1 + random.random() + torch.rand(1).item() for r in responses]
+    """A reward with random numbers of its own, from NumPy's and torch's global generators.
+
+    Not from Python's: in a test process, threads of Prefect's connections may draw from that one at any time.
+    """
+    return [len(r) * 0.1 + np.random.rand() + torch.rand(1).item() for r in responses]
 
 
 def curves(trainer: Trainer) -> list[tuple[int, dict[str, float]]]:
@@ -87,7 +90,7 @@ def test_a_resumed_training_ends_with_the_same_bits(
     with pytest.raises(StoppedError):
         stopped.train()
 
-    random.random(), torch.rand(7)  # the world has gone on
+    np.random.rand(), torch.rand(7)  # the world has gone on
     resumed = make("stopped")
     # A journal that outlives the kill; a stage without a checkpoint starts with an empty one.
     resumed.tracker.points = list(stopped.tracker.points) if stop > 1 else []
