@@ -162,7 +162,7 @@ MUTATIONS = [
     ),
     Mutation(
         "6", "the wrong rows go on when finished ones are dropped", "ppo/generation.py",
-        "decoder.keep(going.nonzero()[:, 0])", "decoder.keep(torch.arange(int(going.sum())))",
+        "shrinking.keep(going.nonzero()[:, 0])", "shrinking.keep(torch.arange(int(going.sum())))",
         "test_generation.py -k 'plain_forward or alone'",
     ),
     Mutation(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -30,13 +30,16 @@ COLUMNS = 64  # a preallocated cache is a multiple of this long, so that few sha
 class Decoder(Protocol):
     """Hidden states of a batch of growing sequences, from which their next tokens are predicted."""
 
-    drops_rows: bool  # whether ``keep`` makes the following steps cheaper
-
     def start(self) -> Tensor:
         """Read the prompts. Hidden states (B, d) of the first response token."""
 
     def step(self, tokens: Tensor) -> Tensor:
         """Append ``tokens`` (B,) and return the hidden states (B, d) of the next ones."""
+
+
+@runtime_checkable
+class DropsRows(Protocol):
+    """A decoder whose steps get cheaper when rows go."""
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only; B becomes their number."""
@@ -88,8 +91,6 @@ def attends_to_all(model: PreTrainedModel) -> bool:
 class DynamicDecoder:
     """A causal model that lets finished rows go. Prompts are padded on the left: rows grow at the same column."""
 
-    drops_rows = True
-
     def __init__(self, model: PreTrainedModel, prompts: Tensor, prompt_lengths: Tensor, limit: int) -> None:
         self._model = model
         self._ids, self._mask = pad_left(prompts, prompt_lengths)
@@ -125,8 +126,6 @@ class DynamicDecoder:
 class CrossDecoder:
     """An encoder-decoder: the encoder reads the prompts once, and its output is used by every step."""
 
-    drops_rows = True
-
     def __init__(self, model: PreTrainedModel, prompts: Tensor, prompt_lengths: Tensor) -> None:
         self._model = model
         self._seen = prefix_mask(prompt_lengths, prompts.shape[1])
@@ -160,8 +159,6 @@ class StaticDecoder:
     On CUDA a step is recorded once as a CUDA graph and then replayed: the hundreds of kernels of a small batch's
     step are launched at once. The graph reads the weights where training writes them.
     """
-
-    drops_rows = False
 
     def __init__(self, model: PreTrainedModel, count: int, columns: int) -> None:
         device = model.device
@@ -200,9 +197,6 @@ class StaticDecoder:
         self._graph.replay()
         assert self._hidden is not None
         return self._hidden.clone()
-
-    def keep(self, rows: Tensor) -> None:
-        raise NotImplementedError("a preallocated cache keeps all of its rows")
 
     def _in_place(self) -> Tensor:
         """One step from ``_ids``; everything that it changes, it changes where it is."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from rlhf.ppo.decoding import make_decoder, pad_left
+from rlhf.ppo.decoding import DropsRows, make_decoder, pad_left
 from rlhf.ppo.policy import Policy
 from rlhf.ppo.sequences import prefix_mask
 from rlhf.ppo.settings import Generation
@@ -123,19 +123,20 @@ def _with_decoder(
         policy.language_model, prompts, prompt_lengths, drawing.limit, backend, policy.static_decoders
     )
     rows = torch.arange(len(prompts), device=prompts.device)  # that the decoder still works on
+    shrinking = decoder if isinstance(decoder, DropsRows) else None
     hidden = decoder.start()
     while True:
         drawing.note_values(policy.values(hidden), rows)
         tokens = drawing.draw(policy.logits(hidden, drawing.temperature), rows)
         if drawing.at == drawing.limit:
             return
-        if decoder.drops_rows or drawing.at % STEPS_BETWEEN_LOOKS == 0:
+        if shrinking or drawing.at % STEPS_BETWEEN_LOOKS == 0:
             going = ~drawing.ended[rows]
             share = going.float().mean().item()
             if share == 0.0:
                 return
-            if decoder.drops_rows and 1.0 - share >= DROP_FINISHED_AT:
-                decoder.keep(going.nonzero()[:, 0])
+            if shrinking and 1.0 - share >= DROP_FINISHED_AT:
+                shrinking.keep(going.nonzero()[:, 0])
                 rows, tokens = rows[going], tokens[going]
         hidden = decoder.step(tokens)
 

@@ -28,8 +28,11 @@ def test_what_accelerate_config_writes_is_taken(tmp_path: Path) -> None:
     kind = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_GPU", "mixed_precision": "bf16"}
     written = ClusterConfig(num_processes=2, use_cpu=False, debug=False, **kind)
     written.to_yaml_file(str(tmp_path / "file.yaml"))
+    assert "distributed_type: MULTI_GPU" in (tmp_path / "file.yaml").read_text()
     check(tmp_path / "file.yaml", text=None)
     check_file(Resources(processes=7))
+    with pytest.raises(ConfigError, match=r"num_processes is 2, but resources.processes is 7"):
+        check(tmp_path / "file.yaml", text=None, processes=7)
 
 
 @pytest.mark.parametrize(

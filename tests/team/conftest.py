@@ -33,8 +33,12 @@ class Up:
     mlflow: str
 
     def api(self, method: str, path: str, **body: Any) -> Any:
-        """What Prefect's API answers."""
-        answer = httpx.request(method, f"{self.prefect}/api/{path}", json=body or None, timeout=30)
+        """What Prefect's API answers. Its 503 is SQLite being written by another: come back, as Prefect's own do."""
+        for pause in (0.2, 1.0, 5.0, None):
+            answer = httpx.request(method, f"{self.prefect}/api/{path}", json=body or None, timeout=30)
+            if answer.status_code != 503 or pause is None:
+                break
+            time.sleep(pause)
         answer.raise_for_status()
         return answer.json() if answer.content else None
 

@@ -193,6 +193,7 @@ def test_check_accepts_encoder_decoders_of_another_make() -> None:
     small |= {"encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "d_model": 8, "vocab_size": 40}
     bart = BartForConditionalGeneration(BartConfig(**small)).eval()
     torch.nn.init.normal_(bart.final_logits_bias)
+    assert bart.final_logits_bias.abs().max() > 0.5
     check_policy(Policy(bart))
     for tied in (True, False):
         shape = {"vocab_size": 40, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
