@@ -151,10 +151,11 @@ def _deploy(options: argparse.Namespace, console: Console) -> None:
             "deploy puts deployments on a Prefect server, but PREFECT_API_URL does not name one; `rlhf up` starts one "
             "and prints its address (add /api)"
         )
-    from flows.deployments import apply, schedule
+    from flows.deployments import apply, schedule, shipped
 
+    configs = {one.name: one for one in [*(shipped() if options.shipped else []), config]}
     made_now = [schedule(config, options.cron, options.timezone, options.pool)] if options.cron else []
-    for made in [*made_now, *apply([config], options.pool)]:
+    for made in [*made_now, *apply(configs.values(), options.pool)]:
         console.print(f"{made.name}  {made.id}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -297,6 +298,9 @@ def _parser() -> argparse.ArgumentParser:
     deploy = add("deploy", _deploy, "Put deployments on the Prefect server of PREFECT_API_URL.", source)
     deploy.add_argument("--cron", help="when to look for something new and retrain, such as '0 3 * * *'")
     deploy.add_argument("--timezone", default="UTC", help="time zone of --cron (default: UTC)")
+    deploy.add_argument(
+        "--shipped", action="store_true", help="and each preset whose data is on a hub or comes with this package"
+    )
     deploy.add_argument("--pool", default="rlhf", help="work pool that runs them (default: rlhf)")
     cache = commands.add_parser("cache", help="Look at the artifact store, check it, clean it.")
     verbs = cache.add_subparsers(required=True, metavar="VERB")

@@ -1,0 +1,182 @@
+"""docker/: the image is built as a linter wants it, and compose's commands work together with compose's environment.
+
+No container is started: each service's command runs as a process of this machine, with the hosts of compose.yaml
+being this machine, and its volumes folders of the test.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+import yaml
+
+from flows.server import free_port
+from tests.team.conftest import wait_for
+from tests.team.test_postgres import BIN, database  # noqa: F401 - a fixture
+
+DOCKER = Path(__file__).parents[2] / "docker"
+TOOLS = Path(sys.executable).parent
+SECRETS = {
+    "POSTGRES_PASSWORD": "not-asked-for-here",
+    "PREFECT_LOGIN": "team:a-good-password",
+    "MLFLOW_USER": "admin",
+    "MLFLOW_PASSWORD": "another-good-password",
+    "MLFLOW_SECRET_KEY": "something-random",
+}
+REFERENCE = re.compile(r"\$\{(\w+)(?::([-?])([^}]*))?\}")
+
+
+def interpolated(text: str, values: dict[str, str]) -> str:
+    """Compose's ${NAME:-default} and ${NAME:?error} in a text.
+
+    Raises:
+        ValueError: a value that must be there is not.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name, kind, rest = match.groups()
+        if values.get(name):
+            return values[name]
+        if kind == "-":
+            return str(rest)
+        raise ValueError(f"{name} {rest}")
+
+    return REFERENCE.sub(value, text)
+
+
+def services(text: str, values: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """The services of a compose file, by name."""
+    found: dict[str, dict[str, Any]] = yaml.safe_load(interpolated(text, values))["services"]
+    return found
+
+
+def test_the_dockerfile_has_nothing_that_a_linter_minds() -> None:
+    done = subprocess.run([TOOLS / "hadolint", DOCKER / "Dockerfile"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
+def test_the_image_is_of_what_is_there_and_runs_as_nobody_special() -> None:
+    lines = (DOCKER / "Dockerfile").read_text().splitlines()
+    copies = [line.split() for line in lines if line.startswith("COPY") and "--from" not in line]
+    sources = [name for words in copies for name in words[1:-1]]
+    taken = [line[1:] for line in (DOCKER.parent / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    assert sorted(sources) == sorted(taken)
+    assert all((DOCKER.parent / name).exists() for name in sources)
+    last = lines[max(i for i, line in enumerate(lines) if line.startswith("FROM")) :]
+    assert "USER 10001" in last
+
+
+def test_a_secret_that_is_not_given_is_an_error() -> None:
+    text = (DOCKER / "compose.yaml").read_text()
+    assert set(services(text, SECRETS)) == {"postgres", "prefect", "mlflow", "deploy", "worker"}
+    for name in SECRETS:
+        with pytest.raises(ValueError, match=name):
+            services(text, {**SECRETS, name: ""})
+    example = {line.split("=")[0] for line in (DOCKER / "example.env").read_text().splitlines() if "=" in line}
+    assert set(SECRETS) <= example
+    assert {match[1] for match in REFERENCE.finditer(text)} <= {name.removeprefix("# ") for name in example}
+
+
+class Services:
+    """Commands of compose.yaml as processes, started in the order that they wait for each other."""
+
+    def __init__(self, postgres: str, folder: Path) -> None:
+        ports = {"postgres:5432": str(urlsplit(postgres).port)}
+        ports |= {name: str(free_port()) for name in ("prefect:4200", "mlflow:5000", "localhost:8080")}
+        self.prefect, self.mlflow = (f"http://127.0.0.1:{ports[name]}" for name in ("prefect:4200", "mlflow:5000"))
+        text = (DOCKER / "compose.yaml").read_text()
+        for name, port in ports.items():
+            text = text.replace(name, f"127.0.0.1:{port}").replace(f'"{name.split(":")[1]}"', f'"{port}"')
+        self._login = folder / "mlflow-login.ini"
+        login = (DOCKER / "mlflow-login.ini").read_text()
+        self._login.write_text(login.replace("postgres:5432", f"127.0.0.1:{ports['postgres:5432']}"))
+        self._folder = folder
+        self.all = services(text.replace("/etc/mlflow-login.ini", str(self._login)), SECRETS)
+        self._running: list[subprocess.Popen[bytes]] = []
+
+    def environment(self, name: str) -> dict[str, str]:
+        """What a service's container has."""
+        state = self._folder / name
+        (state / "project").mkdir(parents=True, exist_ok=True)
+        image = {"PATH": f"{TOOLS}:{os.environ['PATH']}", "HOME": str(state), "RLHF_HOME": str(state)}
+        image |= {"PREFECT_HOME": str(state / "prefect"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(DOCKER.parent)}
+        own = {key: value.replace("/state", str(state)) for key, value in self.all[name]["environment"].items()}
+        return image | own
+
+    def start(self, name: str) -> None:
+        """Start a service; it is healthy, or has ended well, afterwards."""
+        service, environment = self.all[name], self.environment(name)
+        with (self._folder / f"{name}.log").open("wb") as log:
+            where = {"env": environment, "cwd": self._folder / name / "project", "stdout": log, "stderr": log}
+            process = subprocess.Popen(service["command"], **where)
+        self._running.append(process)
+        if "healthcheck" not in service:
+            assert process.wait(timeout=240) == 0, (self._folder / f"{name}.log").read_text()
+            return
+        kind, *check = service["healthcheck"]["test"]
+        assert kind == "CMD"
+
+        def healthy() -> bool:
+            assert process.poll() is None, (self._folder / f"{name}.log").read_text()
+            return subprocess.run(check, env=environment, capture_output=True).returncode == 0
+
+        wait_for(healthy, f"{name} to be healthy")
+
+    def stop(self) -> None:
+        """End what runs, the last first, as compose does."""
+        for process in reversed(self._running):
+            process.terminate()
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture
+def running(database: str, tmp_path: Path) -> Iterator[Services]:  # noqa: F811
+    statements = (DOCKER / "databases.sql").read_text()
+    subprocess.run(["psql", database, "-q"], input=statements, text=True, check=True)
+    found = Services(database, tmp_path)
+    try:
+        for name in ("prefect", "mlflow", "deploy", "worker"):
+            found.start(name)
+        yield found
+    finally:
+        found.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(BIN is None, reason="needs PostgreSQL, Debian's package postgresql")
+def test_a_run_by_the_worker(running: Services) -> None:
+    assert httpx.post(f"{running.prefect}/api/flows/count").status_code == 401
+    assert httpx.get(f"{running.mlflow}/api/2.0/mlflow/experiments/get?experiment_id=0").status_code == 401
+    token = base64.b64encode(SECRETS["PREFECT_LOGIN"].encode()).decode()
+    with httpx.Client(base_url=f"{running.prefect}/api/", headers={"Authorization": f"Basic {token}"}) as prefect:
+        deployment = prefect.get("deployments/name/preset/run").json()["id"]
+        parameters = {"preset": "demo", "size": "smoke", "overrides": ["resources.threads=1"]}
+        made = prefect.post(f"deployments/{deployment}/create_flow_run", json={"parameters": parameters}).json()["id"]
+
+        def state() -> Any:
+            return prefect.get(f"flow_runs/{made}").json()["state"]
+
+        wait_for(lambda: state()["type"] in ("COMPLETED", "FAILED", "CRASHED"), "the end of the run")
+        assert state()["type"] == "COMPLETED", state()
+    login = (SECRETS["MLFLOW_USER"], SECRETS["MLFLOW_PASSWORD"])
+    with httpx.Client(base_url=f"{running.mlflow}/api/2.0/mlflow/", auth=login) as mlflow:
+        experiment = mlflow.get("experiments/get-by-name", params={"experiment_name": "rlhf"}).json()["experiment"]
+        body = {"experiment_ids": [experiment["experiment_id"]]}
+        runs = mlflow.post("runs/search", json=body).json()["runs"]
+    assert {"demo/sft", "demo/ppo", "demo/evaluate"} <= {run["info"]["run_name"] for run in runs}
+    assert all(run["info"]["artifact_uri"].startswith("mlflow-artifacts:") for run in runs)
