@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
@@ -29,6 +29,7 @@ from rlhf.settings import dump, load, presets
 from rlhf.stages import STAGES
 
 if TYPE_CHECKING:
+    from flows.server import Server
     from rlhf.artifacts import Manifest
 
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -90,11 +91,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 def _execute(config: PipelineConfig, selection: Selection, store: Store, console: Console) -> None:
     """Run the Prefect flow in this process."""
     from flows.display import make_display
-    from flows.server import configure, connect
 
-    os.environ["RLHF_HOME"] = str(store.home)
-    configure(store.home)
-    server = connect(store.home)
+    server = _server(store)
     from flows.pipeline import NONE, pipeline, watcher
 
     if server is not None:
@@ -112,6 +110,33 @@ def _execute(config: PipelineConfig, selection: Selection, store: Store, console
     finally:
         display.close()
         watcher.reset(token)
+
+
+def _server(store: Store) -> Server | None:
+    """Set Prefect up, before it is imported; its server, if it has to be started."""
+    from flows.server import configure, connect
+
+    os.environ["RLHF_HOME"] = str(store.home)
+    configure(store.home)
+    return connect(store.home)
+
+
+def _sweep(options: argparse.Namespace, console: Console) -> None:
+    _config(options)
+    if server := _server(_store(options)):
+        server.wait()
+    from flows.sweep import sweep
+
+    where: Literal["ray", "processes"] = "ray" if options.ray else "processes"
+    done = sweep(options.source, options.size or "", options.set or [], options.over, options.runs, where)
+    if options.json:
+        print(json.dumps(done, indent=1))
+        return
+    rows = []
+    for name, run in done.items():
+        computed = " ".join(stage for stage, row in run["stages"].items() if not row["cached"])
+        rows.append((name, run["run_id"], "  ".join(run["settings"]), computed))
+    summary.print_table(("pipeline", "run", "settings", "computed; the rest came from the cache"), rows, console)
 
 
 def _plan(options: argparse.Namespace, console: Console) -> None:
@@ -288,6 +313,16 @@ def _parser() -> argparse.ArgumentParser:
 
     add("run", _run, "Run the pipeline; stages that are up to date come from the cache.", source, select, as_json)
     add("plan", _plan, "Show which stages are cached, which would run, and why.", source, select, as_json)
+    sweep = add("sweep", _sweep, "Run the pipeline for every combination of some values.", source, as_json)
+    sweep.add_argument(
+        "--over",
+        action="append",
+        required=True,
+        metavar="K=[V,...]",
+        help="values to try: --over ppo.kl_coef=[0.02,0.1]",
+    )
+    sweep.add_argument("--runs", type=int, default=2, help="most runs at once (default: 2)")
+    sweep.add_argument("--ray", action="store_true", help="on a Ray cluster that sees the same home folder")
     add("presets", _presets, "List the presets.", as_json)
     add("show", _show, "Print the whole configuration of a preset or file.", source, as_json)
     add("validate", _validate, "Check a configuration and every row of the data that it names.", source)
