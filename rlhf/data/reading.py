@@ -26,6 +26,8 @@ from rlhf.errors import DataError, InputError
 
 TYPES = {"margin": pa.float64(), "score": pa.float64(), "preferred": pa.bool_(), "responses": pa.list_(pa.string()),
          "ranks": pa.list_(pa.float64())}  # fmt: skip
+# Later stages take columns of these names for what the names say, so that others do not come along under them.
+MEANT = {"preferences": ("chosen", "rejected", "responses", "ranks", "margin", "ranking", "difference")}
 ADVICE = "Correct these rows, or take them out, or set data.bad_rows: skip."
 
 
@@ -187,7 +189,9 @@ class Reading:
             made[name] = pa.array([text[name] for text in texts], TYPES.get(name, pa.string()))
         with_extra = Part({name: extra.get(name) or part.columns[name] for name in [*part.names, *extra]}, part.origin)
         for name in with_extra.names:
-            if name in made or (name in roles.of.values()) or name == self._prompt_column:
+            if name in made or name in roles.of.values() or name == self._prompt_column:
+                continue
+            if name in MEANT.get(self.kind, ()):
                 continue
             if name in extra or not part.cells:
                 source = with_extra if name in extra else part

@@ -108,6 +108,21 @@ def test_a_ranking_becomes_all_of_its_pairs(tmp_path: Path) -> None:
     assert made.report["preferences"]["splits"]["train"] == 4
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": "a", "rejected": "b", "responses": "one", "ranks": [1], "margin": "wide", "difference": 3},
+        {"chosen": "a", "rejected": "b", "ranking": "first", "responses": ["x", "y"]},
+        {"responses": ["a", "b"], "rejected": "c", "ranking": "first", "margin": "wide"},
+    ],
+)
+def test_other_columns_do_not_come_along_under_names_with_a_meaning(row: dict[str, Any], tmp_path: Path) -> None:
+    made = Prepared(tmp_path, preferences=write(tmp_path / "a.jsonl", [{"prompt": "p", "n": 1, **row}]))
+    found = made.row("preferences")
+    assert found.pop("ranking", 0) == 0
+    assert found == {"prompt": "p", "chosen": "a", "rejected": "b", "n": 1}
+
+
 def test_ranks_with_a_tie(tmp_path: Path) -> None:
     rows = [{"prompt": "p", "responses": ["c", "a", "b"], "rank": [3, 1, 1]}]
     made = Prepared(tmp_path, preferences=write(tmp_path / "a.jsonl", rows), columns={"ranks": "rank"})
