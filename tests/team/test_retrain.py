@@ -54,7 +54,8 @@ def nightly(up: Up, project: Path) -> Iterator[dict[str, Any]]:
     assert "retrain/nightly" in done.stdout
     found = up.deployment("retrain/nightly")
     yield found
-    up.api("DELETE", f"deployments/{found['id']}")
+    for name in ("retrain/nightly", "pipeline/nightly"):
+        up.api("DELETE", f"deployments/{up.deployment(name)['id']}")
 
 
 def runs(up: Up, deployment: str, name: str) -> list[dict[str, Any]]:
