@@ -9,6 +9,7 @@ through a named pipe, and leaves the stage's metrics. A process that fails leave
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import logging
 import os
@@ -61,6 +62,9 @@ def main(place: Path) -> int:
     """Run the stage; the exit code."""
     # By a signal that nobody can catch: a reward function may have changed what the others do.
     end_with(int(os.environ[LAUNCHER]), signal.SIGKILL)
+    for stream in (sys.stdout, sys.stderr):  # whole lines: the ranks share one pipe
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True, write_through=False)
     rank = processes.index()
     logging.basicConfig(format=f"[rank {rank}] %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     logging.getLogger("rlhf").setLevel(logging.INFO)
