@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -70,6 +71,7 @@ class Child:
             )
         if now >= self._next_start:
             self._next_start = 0.0
+            self._end_session()
             self.start()
         return None
 
@@ -87,3 +89,12 @@ class Child:
         for process in alive:
             process.kill()
         self._process.wait()
+        self._end_session()
+
+    def _end_session(self) -> None:
+        """End what a program that has ended left in its session: a server's own processes keep its port."""
+        assert self._process is not None
+        for process in psutil.process_iter():
+            with suppress(psutil.Error, ProcessLookupError):
+                if os.getsid(process.pid) == self._process.pid:
+                    process.kill()

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 from flows.deployments import POOL
 from rlhf.locations import home_directory
-from tasks.prefect_server import flow_run_lives, flow_run_was_here, forget_flow_run
+from tasks.prefect_server import dead_flow_runs, flow_run_lives, flow_run_was_here, forget_flow_run
 
 if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
     from prefect.client.schemas.objects import FlowRun, State, StateType
 
 POLL_SECONDS = 0.5
+UNENDED = ("RUNNING", "PENDING", "CANCELLING")  # types of states
 
 
 def reap(worker: str, pool: str = POOL) -> list[str]:
@@ -33,7 +37,6 @@ def reap(worker: str, pool: str = POOL) -> list[str]:
         pool: the work pool.
     """
     from prefect.client.orchestration import get_client
-    from prefect.states import Cancelled, Crashed, Scheduled
 
     home, found = home_directory(), []
     with get_client(sync_client=True) as client:
@@ -44,15 +47,44 @@ def reap(worker: str, pool: str = POOL) -> list[str]:
         for run in _runs(pool):
             if flow_run_lives(home, str(run.id)) or not (alone or flow_run_was_here(home, str(run.id))):
                 continue
-            state: State[Any] = {
-                "RUNNING": Crashed(message="Its process is gone."),
-                "CANCELLING": Cancelled(message="Its process is gone."),
-                "PENDING": Scheduled(message="Its process was gone before it began."),
-            }[_type(run)]
-            client.set_flow_run_state(run.id, state, force=True)
-            forget_flow_run(home, str(run.id))
+            _correct(client, run)
             found.append(run.name)
     return found
+
+
+def reap_killed() -> list[str]:
+    """End the runs whose process has been killed on this machine, at any time; the names of those runs.
+
+    A worker that sees its run's process die says so itself; one that was killed, too, cannot.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import ObjectNotFound
+
+    home, found = home_directory(), []
+    if not (dead := dead_flow_runs(home)):
+        return []
+    with get_client(sync_client=True) as client:
+        for flow_run in dead:
+            with suppress(ObjectNotFound):  # one of a server that is there no more
+                run = client.read_flow_run(UUID(flow_run))
+                if _type(run) in UNENDED:
+                    _correct(client, run)
+                    found.append(run.name)
+            forget_flow_run(home, flow_run)
+    return found
+
+
+def _correct(client: SyncPrefectClient, run: FlowRun) -> None:
+    """Give a run whose process is gone the state that is true of it."""
+    from prefect.states import Cancelled, Crashed, Scheduled
+
+    state: State[Any] = {
+        "RUNNING": Crashed(message="Its process is gone."),
+        "CANCELLING": Cancelled(message="Its process is gone."),
+        "PENDING": Scheduled(message="Its process was gone before it began."),
+    }[_type(run)]
+    client.set_flow_run_state(run.id, state, force=True)
+    forget_flow_run(home_directory(), str(run.id))
 
 
 def cancel_all(timeout: float, pool: str = POOL) -> tuple[list[str], list[str]]:
@@ -91,7 +123,7 @@ def _runs(pool: str) -> Sequence[FlowRun]:
     )
     from prefect.client.schemas.objects import StateType
 
-    types: list[StateType] = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
+    types: list[StateType] = [StateType[name] for name in UNENDED]
     with get_client(sync_client=True) as client:
         return client.read_flow_runs(
             flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=types))),

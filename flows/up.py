@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -32,6 +33,7 @@ ABOUT = "Start Prefect, MLflow, the deployments and a worker on this machine; Ct
 LOCK, STATE = "up.lock", "up.json"
 WORKER = f"rlhf-up-{socket.gethostname()}"
 READY_SECONDS = 180.0
+GONE = "the process of the run {} is gone: its state is corrected"
 STOP_SECONDS = 20.0  # for running stages to write a checkpoint and end, when all is stopped
 
 
@@ -219,12 +221,15 @@ def _serve(options: argparse.Namespace, addresses: Addresses, console: Console) 
             child.start()
             console.print(f"starting {child.name} ...", highlight=False)
             _wait_until_ready(child, health, stopping)
+        import httpx
+        from prefect.exceptions import PrefectHTTPStatusError
+
         from flows.deployments import apply, shipped
-        from flows.reaper import reap
+        from flows.reaper import reap, reap_killed
 
         made = apply(shipped())
         for name in reap(WORKER):
-            console.print(f"the process of the run {name} is gone: its state is corrected", highlight=False)
+            console.print(GONE.format(name), highlight=False)
         worker.start()
         (home / STATE).write_text(json.dumps(asdict(addresses)), "utf-8")
         console.print(f"\nready; {len(made)} deployments", highlight=False)
@@ -234,6 +239,9 @@ def _serve(options: argparse.Namespace, addresses: Addresses, console: Console) 
             for child in (prefect, mlflow, worker):
                 if news := child.revive():
                     console.print(news, highlight=False, soft_wrap=True)
+            with suppress(httpx.HTTPError, PrefectHTTPStatusError):  # Prefect does not answer: the next time, then
+                for name in reap_killed():
+                    console.print(GONE.format(name), highlight=False)
             time.sleep(0.5)
     except _StoppedError:
         pass

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rlhf.locks import is_locked, lock, unlock
 
+NEW_SECONDS = 5.0  # a lock of this age is held by now, if its process lives
+LIFE = "flow-run-"  # of the names of the locks that say that a flow run lives
 PRIVATE = "RLHF_PRIVATE_PREFECT"  # set by a run whose Prefect API ends with it, and has no UI and no scheduler
 
 
@@ -76,10 +79,20 @@ def flow_run_was_here(home: Path, flow_run: str) -> bool:
     return _life(home, flow_run).exists()
 
 
+def dead_flow_runs(home: Path) -> list[str]:
+    """Flow runs that a process of this machine carried until it was killed, a few seconds ago or more."""
+    found = []
+    for path in (home / "locks").glob(f"{LIFE}*.lock"):
+        with suppress(FileNotFoundError):  # it has just ended
+            if time.time() - path.stat().st_mtime > NEW_SECONDS and not is_locked(path):
+                found.append(path.stem.removeprefix(LIFE))
+    return found
+
+
 def forget_flow_run(home: Path, flow_run: str) -> None:
     """Take away what a dead process left of a flow run."""
     _life(home, flow_run).unlink(missing_ok=True)
 
 
 def _life(home: Path, flow_run: str) -> Path:
-    return home / "locks" / f"flow-run-{flow_run}.lock"
+    return home / "locks" / f"{LIFE}{flow_run}.lock"

@@ -33,11 +33,15 @@ class Up:
     mlflow: str
 
     def api(self, method: str, path: str, **body: Any) -> Any:
-        """What Prefect's API answers. Its 503 is SQLite being written by another: come back, as Prefect's own do."""
-        for pause in (0.2, 1.0, 5.0, None):
-            answer = httpx.request(method, f"{self.prefect}/api/{path}", json=body or None, timeout=30)
-            if answer.status_code != 503 or pause is None:
-                break
+        """What Prefect's API answers. While it is away or busy (503), come back, as Prefect's own clients do."""
+        for pause in (0.2, 1.0, 5.0, 10.0, 30.0, None):
+            try:
+                answer = httpx.request(method, f"{self.prefect}/api/{path}", json=body or None, timeout=30)
+                if answer.status_code != 503 or pause is None:
+                    break
+            except httpx.TransportError:
+                if pause is None:
+                    raise
             time.sleep(pause)
         answer.raise_for_status()
         return answer.json() if answer.content else None

@@ -22,7 +22,7 @@ import yaml
 
 from flows.server import free_port
 from tests.team.conftest import wait_for
-from tests.team.test_postgres import BIN, database  # noqa: F401 - a fixture
+from tests.team.postgres import needs_postgres, postgres
 
 DOCKER = Path(__file__).parents[2] / "docker"
 TOOLS = Path(sys.executable).parent
@@ -144,21 +144,22 @@ class Services:
 
 
 @pytest.fixture
-def running(database: str, tmp_path: Path) -> Iterator[Services]:  # noqa: F811
-    statements = (DOCKER / "databases.sql").read_text()
-    subprocess.run(["psql", database, "-q"], input=statements, text=True, check=True)
-    found = Services(database, tmp_path)
-    try:
-        for name in ("prefect", "mlflow", "deploy", "worker"):
-            found.start(name)
-        yield found
-    finally:
-        found.stop()
+def running(tmp_path: Path) -> Iterator[Services]:
+    with postgres() as server:
+        statements = (DOCKER / "databases.sql").read_text()
+        subprocess.run(["psql", server.url, "-q"], input=statements, text=True, check=True)
+        found = Services(server.url, tmp_path)
+        try:
+            for name in ("prefect", "mlflow", "deploy", "worker"):
+                found.start(name)
+            yield found
+        finally:
+            found.stop()
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.skipif(BIN is None, reason="needs PostgreSQL, Debian's package postgresql")
+@needs_postgres
 def test_a_run_by_the_worker(running: Services) -> None:
     assert httpx.post(f"{running.prefect}/api/flows/count").status_code == 401
     assert httpx.get(f"{running.mlflow}/api/2.0/mlflow/experiments/get?experiment_id=0").status_code == 401
