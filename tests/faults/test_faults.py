@@ -58,9 +58,10 @@ class Bench:
             "pipeline/demo", config=workload.config(self.folder, trial, processes).model_dump(mode="json")
         )
 
-    def child(self, word: str) -> psutil.Process:
-        """A program that ``rlhf up`` has started, by a word of its command line."""
-        [found] = [one for one in psutil.Process(self.up.process.pid).children() if word in one.cmdline()]
+    def child(self, *words: str) -> psutil.Process:
+        """A program that ``rlhf up`` has started, by words of its command line."""
+        children = psutil.Process(self.up.process.pid).children()
+        [found] = [one for one in children if set(words) <= set(one.cmdline())]
         return found
 
     def below_worker(self, is_it: Callable[[psutil.Process], bool]) -> psutil.Process:
@@ -105,8 +106,8 @@ def signalled(find: Callable[[Bench, str], psutil.Process], number: signal.Signa
     return fault
 
 
-def child(word: str) -> Callable[[Bench, str], psutil.Process]:
-    return lambda bench, run: bench.child(word)
+def child(*words: str) -> Callable[[Bench, str], psutil.Process]:
+    return lambda bench, run: bench.child(*words)
 
 
 def carrier(bench: Bench, run: str) -> psutil.Process:
@@ -119,9 +120,9 @@ def module(name: str) -> Callable[[Bench, str], psutil.Process]:
     return lambda bench, run: bench.below_worker(lambda one: name in one.cmdline())
 
 
-def hanging(word: str) -> Callable[[Bench, str], None]:
+def hanging(*words: str) -> Callable[[Bench, str], None]:
     def fault(bench: Bench, run: str) -> None:
-        processes = [bench.child(word), *bench.child(word).children(recursive=True)]
+        processes = [bench.child(*words), *bench.child(*words).children(recursive=True)]
         for one in processes:
             one.suspend()
         time.sleep(HANG_SECONDS)
@@ -150,11 +151,12 @@ def postgres_dies(bench: Bench, run: str) -> None:
 
 @dataclass(frozen=True)
 class Fault:
-    """What is done, and where."""
+    """What is done, and where; ``latest`` is the last moment, as a part of the run's time."""
 
     what: str
     do: Callable[[Bench, str], None]
     processes: int = 1
+    latest: float = 0.9
     postgres: bool = False
 
 
@@ -165,8 +167,8 @@ FAULTS = {
     "flow-kill": Fault("kill -9 of the run's process", signalled(carrier, KILL)),
     "worker-term": Fault("SIGTERM of the worker", signalled(child("worker"), TERM)),
     "worker-kill": Fault("kill -9 of the worker", signalled(child("worker"), KILL)),
-    "prefect-kill": Fault("kill -9 of Prefect's server", signalled(child("prefect"), KILL)),
-    "prefect-hangs": Fault(f"Prefect's server hangs for {HANG_SECONDS:.0f} s", hanging("server")),
+    "prefect-kill": Fault("kill -9 of Prefect's server", signalled(child("prefect", "server"), KILL)),
+    "prefect-hangs": Fault(f"Prefect's server hangs for {HANG_SECONDS:.0f} s", hanging("prefect", "server")),
     "mlflow-kill": Fault("kill -9 of MLflow", signalled(child("mlflow"), KILL)),
     "mlflow-hangs": Fault(f"MLflow hangs for {HANG_SECONDS:.0f} s", hanging("mlflow")),
     "up-int": Fault("Ctrl-C in rlhf up", up_ends(INT)),
@@ -175,8 +177,11 @@ FAULTS = {
         "kill -9 of one of two training processes",
         signalled(module("tasks.rank"), KILL),
         processes=2,
+        latest=0.6,
     ),
-    "launcher-kill": Fault("kill -9 of their launcher", signalled(module("tasks.launcher"), KILL), processes=2),
+    "launcher-kill": Fault(
+        "kill -9 of their launcher", signalled(module("tasks.launcher"), KILL), processes=2, latest=0.6
+    ),
     "postgres-kill": Fault("kill -9 of PostgreSQL, which is started again", postgres_dies, postgres=True),
 }
 OUTCOMES: list[Outcome] = []
@@ -238,7 +243,7 @@ def test_fault(
     if fault.postgres and BIN is None:
         pytest.skip("needs PostgreSQL, Debian's package postgresql")
     usual, bench, trial = undisturbed(fault), benches(fault.postgres), f"{name}-{moment}"
-    after = random.Random(f"{SEED} {trial}").uniform(0.0, 0.9) * usual.seconds
+    after = random.Random(f"{SEED} {trial}").uniform(0.0, fault.latest) * usual.seconds
     print(f"seed {SEED}: {fault.what}, {after:.1f} s after the run was asked for")
 
     began, run = time.monotonic(), bench.submit(trial, fault.processes)
