@@ -6,17 +6,21 @@ BIN := .venv/bin
 # One thread a process: several test processes on few cores otherwise slow each other down tenfold.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test team check lint types bench mutations wheel clean
+.PHONY: demo test team faults check lint types bench mutations wheel clean
 
 demo: .venv/installed
 	$(BIN)/rlhf run demo
 
 test: .venv/installed
-	$(TEST_ENV) $(BIN)/pytest -n 2 --dist worksteal --ignore tests/team
+	$(TEST_ENV) $(BIN)/pytest -n 2 --dist worksteal --ignore tests/team --ignore tests/faults
 
 # `rlhf up` as a whole: real servers, a worker, a browser (chromium) where there is one.
 team: .venv/installed
 	$(TEST_ENV) $(BIN)/pytest tests/team
+
+# Each fault at three random moments; docs/reliability.md has the table.
+faults: .venv/installed
+	$(TEST_ENV) $(BIN)/pytest tests/faults
 
 check: lint types test team
 
