@@ -15,6 +15,7 @@ from rlhf.headlines import duration
 from rlhf.tracker import Entry, Progress
 
 LINE_SECONDS = 10.0  # between two plain lines of one stage
+ENDING = "ends at the next step, with a checkpoint; a second Ctrl-C ends it at once"
 
 
 class Display(Protocol):
@@ -22,6 +23,7 @@ class Display(Protocol):
 
     def begin(self, stage: str) -> None: ...
     def watch(self, stage: str, event: Entry | Progress) -> None: ...
+    def ending(self, stage: str) -> None: ...
     def end(self, stage: str, seconds: float | None) -> None: ...
     def close(self) -> None: ...
 
@@ -51,6 +53,10 @@ class LiveDisplay:
             live = f"{event.done}/{event.total}  {_numbers(event.live)}"
             self._bars.update(self._stages[stage], completed=event.done, total=event.total, live=live)
 
+    def ending(self, stage: str) -> None:
+        """Say what is waited for."""
+        self._bars.update(self._stages[stage], live=ENDING)
+
     def end(self, stage: str, seconds: float | None) -> None:
         """Fill the bar; the last numbers stay."""
         task = self._stages[stage]
@@ -79,6 +85,10 @@ class PlainDisplay:
         if isinstance(event, Progress) and time.monotonic() - self._last >= LINE_SECONDS:
             self._last = time.monotonic()
             self._say(f"{stage}: {event.done}/{event.total}  {_numbers(event.live)}".rstrip())
+
+    def ending(self, stage: str) -> None:
+        """Say what is waited for."""
+        self._say(f"{stage}: {ENDING}")
 
     def end(self, stage: str, seconds: float | None) -> None:
         """Say that the stage is done."""

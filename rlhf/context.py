@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import ArtifactError
 from rlhf.stages import STAGES
+from rlhf.stopping import Stop
 
 if TYPE_CHECKING:
     from rlhf.config import PipelineConfig
@@ -21,6 +22,7 @@ class Context:
 
     ``inputs`` maps each earlier stage that is on to its artifact's directory. ``out`` is a fresh, empty directory
     that is published when the stage returns. ``checkpoints`` survives a kill: the next attempt finds it as it was.
+    A training that finds ``stop`` asked ends at its next step, with a checkpoint, by a ``StoppedError``.
     """
 
     stage: str
@@ -29,6 +31,7 @@ class Context:
     out: Path
     checkpoints: Path
     tracker: Tracker
+    stop: Stop = field(default_factory=Stop)
 
     def has(self, path: str) -> bool:
         """Whether an input is there: ``has("sft/model")`` is false when the sft stage is off."""

@@ -40,5 +40,9 @@ class ArtifactError(RlhfError, OSError):
         super().__init__(message)
 
 
+class StoppedError(RlhfError, RuntimeError):
+    """A training was asked to end, and did, with a checkpoint from which it goes on."""
+
+
 class TrainingError(RlhfError, ArithmeticError):
     """Training cannot go on: a loss, reward or gradient is not finite."""

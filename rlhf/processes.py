@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader, Sampler
 
@@ -30,6 +31,15 @@ def wait() -> None:
     """Return when every process is here."""
     if count() > 1:
         PartialState().wait_for_everyone()
+
+
+def anyone(flag: bool) -> bool:
+    """Whether the flag is set in any process. All of them ask, and all get the same answer."""
+    if count() == 1:
+        return flag
+    flags = torch.tensor(float(flag), device=PartialState().device)
+    torch.distributed.all_reduce(flags)
+    return bool(flags.item())
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.utils import logging as hf_logging
 
 from rlhf import allocator, checkpoints, processes
-from rlhf.errors import ConfigError, TrainingError
+from rlhf.errors import ConfigError, StoppedError, TrainingError
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -267,6 +267,9 @@ class PipelineCallback(TrainerCallback):  # type: ignore[misc]
         elif self._evaluate is not None and float(state.epoch or 0.0).is_integer():
             log_values(self._context, self._evaluate(), state.global_step)
             kwargs["model"].train()  # in evaluation mode, TRL would put the metrics of the next log aside
+        if state.global_step < state.max_steps and processes.anyone(self._context.stop.asked):
+            control.should_log = True  # a Trainer forgets at a resume what it has averaged since the last log
+            control.should_save = control.should_training_stop = True
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -307,6 +310,7 @@ def train(
     needs another.
 
     Raises:
+        StoppedError: ``context.stop`` was asked, and a checkpoint is written.
         TrainingError: a loss or gradient is not finite; the checkpoints before it are kept.
     """
     trainer.stage = context.stage
@@ -316,6 +320,8 @@ def train(
         seed_everything(context.config.seed + processes.index())
     with quiet():
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if (step := trainer.state.global_step) < trainer.state.max_steps:
+        raise StoppedError(f"{context.stage}: ended after step {step} of {trainer.state.max_steps}, as asked")
 
 
 @contextmanager

@@ -14,7 +14,9 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -27,6 +29,7 @@ from rlhf.stages import STAGES
 from rlhf.tracker import Entry, JournalTracker, Listener, NullTracker, Progress
 from tasks.lifetime import end_with
 from tasks.messages import EVENTS, FAILURE, LAUNCHER, METRICS, SPEC, Failure, Spec, encode
+from tasks.stopping import STOP_SECONDS, gently
 
 
 def run(place: Path) -> None:
@@ -53,7 +56,8 @@ def run(place: Path) -> None:
         checkpoints=Path(spec.checkpoints),
         tracker=JournalTracker(Path(spec.journal), _teller(place / EVENTS)) if first else NullTracker(),
     )
-    metrics = importlib.import_module(STAGES[spec.stage].module).run(context)
+    with gently(context.stop):
+        metrics = importlib.import_module(STAGES[spec.stage].module).run(context)
     if first:
         (place / METRICS).write_text(json.dumps(metrics), encoding="utf-8")
 
@@ -62,6 +66,7 @@ def main(place: Path) -> int:
     """Run the stage; the exit code."""
     # By a signal that nobody can catch: a reward function may have changed what the others do.
     end_with(int(os.environ[LAUNCHER]), signal.SIGKILL)
+    _end_after_sigterm(STOP_SECONDS)
     for stream in (sys.stdout, sys.stderr):  # whole lines: the ranks share one pipe
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(line_buffering=True, write_through=False)
@@ -77,6 +82,24 @@ def main(place: Path) -> int:
         temporary.rename(place / FAILURE.format(rank))
         return 1
     return 0
+
+
+def _end_after_sigterm(seconds: float) -> None:
+    """See that this process is gone so many seconds after SIGTERM.
+
+    One that waits for the gradients of a process that has failed runs no Python, and no handler of a signal either.
+    """
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+    signal.set_wakeup_fd(told.detach())
+
+    def watch() -> None:
+        while signal.SIGTERM not in heard.recv(1):
+            pass
+        time.sleep(seconds)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _teller(pipe: Path) -> Listener:

@@ -23,6 +23,9 @@ class Watcher(Protocol):
     def watch(self, stage: str, event: Entry | Progress) -> None:
         """A point of a curve, or how far the stage is."""
 
+    def ending(self, stage: str) -> None:
+        """The stage has been asked to end, and leaves a checkpoint first. Called by a signal handler."""
+
     def end(self, stage: str, seconds: float | None) -> None:
         """The stage is done."""
 
@@ -64,6 +67,11 @@ class Run:
                 self.watcher.watch(stage, event)
 
         return listen
+
+    def ending(self, stage: str) -> None:
+        """Tell whoever watches that a stage has been asked to end."""
+        if self.watcher is not None:
+            self.watcher.ending(stage)
 
 
 current_run: ContextVar[Run] = ContextVar("current_run")

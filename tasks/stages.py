@@ -12,6 +12,8 @@ import logging
 import os
 import shutil
 import time
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, Self
 
 import prefect
@@ -29,6 +31,7 @@ from tasks import launch
 from tasks.locks import FlockLockManager
 from tasks.run import Run, current_run
 from tasks.slots import slot
+from tasks.stopping import gently
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +109,9 @@ def compute(run: Run, stage: str, key: str) -> ArtifactRef:
         if STAGES[stage].distributed and launch.is_wanted(run.config.resources):
             metrics = launch.run(context, work / JOURNAL, listener)
         else:
-            metrics = importlib.import_module(STAGES[stage].module).run(context)
+            # What trains ends at a step; the others have nothing to save, and end at once.
+            with gently(context.stop, partial(run.ending, stage)) if STAGES[stage].distributed else nullcontext():
+                metrics = importlib.import_module(STAGES[stage].module).run(context)
     if (work / JOURNAL).exists():
         shutil.copy2(work / JOURNAL, out / JOURNAL)  # a copy: a kill before the publishing leaves it for the resumption
     manifest = make_manifest(

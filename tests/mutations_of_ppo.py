@@ -361,4 +361,14 @@ MUTATIONS = [
         "        self.take_best()\n", "",
         "test_heldout.py -k remains",
     ),
+    Mutation(
+        "options", "asked to end, it leaves no checkpoint", "ppo/trainer.py",
+        "if self.progress.saved < update:\n                self.save()", "pass",
+        "test_resume.py -k asked",
+    ),
+    Mutation(
+        "options", "asked to end in its last update, it leaves no result", "ppo/trainer.py",
+        "if asked and update < updates:", "if asked:",
+        "test_resume.py -k asked",
+    ),
 ]  # fmt: skip

@@ -39,6 +39,7 @@ def run(context: Context) -> dict[str, float]:
         ConfigError: a reward function cannot be loaded, or options do not go together.
         DataError: there are no prompts, or one leaves no room for a response.
         RewardError: a reward failed.
+        StoppedError: ``context.stop`` was asked, and a checkpoint is written.
         TrainingError: a score, loss or gradient is not finite.
     """
     config = context.config
@@ -67,6 +68,7 @@ def run(context: Context) -> dict[str, float]:
         tokenizer=tokenizer,
         accelerator=accelerator,
         tracker=context.tracker,
+        stop=context.stop,
         checkpoints=context.checkpoints,
         seed=config.seed,
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf import adapt, allocator
-from rlhf.errors import ConfigError, RewardError, TrainingError
+from rlhf.errors import ConfigError, RewardError, StoppedError, TrainingError
 from rlhf.ppo import batching, core, heldout, state, summary
 from rlhf.ppo.batching import Prompts
 from rlhf.ppo.checks import check_policy
@@ -29,6 +29,7 @@ from rlhf.ppo.rollout import Experience, Rollout, Scored, collect, per_token
 from rlhf.ppo.sequences import Sequences
 from rlhf.ppo.settings import Settings
 from rlhf.rewards import Rewards
+from rlhf.stopping import Stop
 from rlhf.tracker import NullTracker, Tracker
 
 
@@ -44,6 +45,7 @@ class Trainer:
         reference: None is the policy as it is when training starts; with LoRA, its adapters off.
         start_from: the ``state`` of an earlier training of the same models: its weights, optimizer and controllers.
         held_out: prompts of the evaluations that ``settings.eval_every`` asks for.
+        stop: once it is asked, training ends after the update that is under way.
     """
 
     settings: Settings
@@ -59,6 +61,7 @@ class Trainer:
     seed: int = 0
     accelerator: Accelerator = field(default_factory=Accelerator)
     tracker: Tracker = field(default_factory=NullTracker)
+    stop: Stop = field(default_factory=Stop)
     progress: state.Progress = field(init=False)
     learner: Learner = field(init=False)
     seconds: dict[str, float] = field(init=False, default_factory=dict)
@@ -72,6 +75,7 @@ class Trainer:
         Raises:
             ConfigError: settings and models do not go together.
             RewardError: a reward failed; the batch is saved under ``checkpoints``.
+            StoppedError: ``stop`` was asked, and a checkpoint is written.
             TrainingError: a score, loss or gradient is not finite; the batch is saved under ``checkpoints``.
         """
         self.prepare()
@@ -80,6 +84,7 @@ class Trainer:
             self.record(self.step(update))
             if update % self.settings.checkpoint_every == 0 or update == self.settings.updates:
                 self.save()
+            self.end_if_asked()
         self.take_best()
         return summary.finals(self.progress, self.settings)
 
@@ -330,6 +335,19 @@ class Trainer:
         if self.accelerator.is_main_process:
             state.save(self.checkpoints, self.learner, self.progress, self.tracker.mark())
         self.accelerator.wait_for_everyone()
+
+    def end_if_asked(self) -> None:
+        """Leave a checkpoint and end, if any process has been asked to and there is more to do.
+
+        Raises:
+            StoppedError: it is so.
+        """
+        update, updates = self.progress.update, self.settings.updates
+        asked = self.total(torch.tensor(float(self.stop.asked), device=self.device)).item() > 0
+        if asked and update < updates:
+            if self.progress.saved < update:
+                self.save()
+            raise StoppedError(f"ppo: ended after update {update} of {updates}, as asked")
 
     def restore(self) -> None:
         """Take up the newest good checkpoint, if there is one, else what ``start_from`` names."""

@@ -20,6 +20,7 @@ from rlhf import models
 from rlhf.config import PipelineConfig
 from rlhf.context import Context
 from rlhf.random_weights import random_model
+from rlhf.stopping import Stop
 from rlhf.tracker import Entry, JournalTracker, Tracker, read_journal
 
 WORDS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen"]
@@ -36,6 +37,18 @@ class Killer(JournalTracker):
     def progress(self, done: int, total: int, **live: float) -> None:
         if done == self._step:
             raise KeyboardInterrupt
+
+
+class Asker(JournalTracker):
+    """A tracker that asks a training to end, as soon as it tells that a step is done."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        super().__init__(path)
+        self.stop = Stop()
+        self._step = step
+
+    def progress(self, done: int, total: int, **live: float) -> None:
+        self.stop.asked |= done == self._step
 
 
 def demonstrations() -> list[dict[str, str]]:
@@ -102,6 +115,10 @@ class Toy:
     def killer(self, run: str, step: int) -> Killer:
         """A tracker that ends an attempt at a step."""
         return Killer(self.journal(run), step)
+
+    def asker(self, step: int, run: str = "run") -> Asker:
+        """A tracker that asks to end at a step."""
+        return Asker(self.journal(run), step)
 
     def curves(self, run: str = "run") -> list[tuple[int, dict[str, float]]]:
         """What a run logged, without the times."""

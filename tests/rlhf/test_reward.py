@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from rlhf import adapt, checkpoints, models, reward, training
-from rlhf.errors import DataError, TrainingError
+from rlhf.errors import DataError, StoppedError, TrainingError
 from rlhf.reward import held_out, trainer
 from rlhf.reward.held_out import Scores
 from rlhf.reward.rows import Pairs, token_rows
@@ -261,6 +262,19 @@ def test_resumes_bit_identically(toy: Any, step: int, lora_rank: int) -> None:
     assert reward.run(again) == finals
     assert weights(again) == weights(whole)
     assert toy.curves() == toy.curves("whole")
+
+
+def test_asked_to_end_it_leaves_a_checkpoint(toy: Any) -> None:
+    options: dict[str, Any] = {"reward": {"max_steps": 5, "batch_size": 42}}
+    whole = toy.context("reward", run="whole", **options)
+    reward.run(whole)
+    first = toy.context("reward", tracker=toy.asker(3), **options)
+    with pytest.raises(StoppedError, match="reward: ended after step 3 of 5, as asked"):
+        reward.run(replace(first, stop=first.tracker.stop))
+    assert checkpoints.latest(first.checkpoints) == first.checkpoints / "checkpoint-3"
+    again = toy.context("reward", **options)
+    reward.run(again)
+    assert weights(again) == weights(whole)
 
 
 def test_lora_is_merged_with_its_head(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:

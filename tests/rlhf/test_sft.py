@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 from rlhf import adapt, checkpoints, models, sft, training
-from rlhf.errors import TrainingError
+from rlhf.errors import StoppedError, TrainingError
 
 STEPS = {"batch_size": 24, "epochs": 2}  # 84 rows: 4 steps an epoch, the last one with 12 rows
 
@@ -202,6 +203,21 @@ def test_resumes_bit_identically_from_an_end_at_any_step(
         context = dropout.context("sft", run=run, sft=STEPS)
         assert (sft.run(context), weights(context), dropout.curves(run)) == uninterrupted, run
     assert starts == [2, 2, 4, 4, 6, 6]
+
+
+@pytest.mark.parametrize("step", [1, 4, 7])
+def test_asked_to_end_it_leaves_a_checkpoint_of_that_step(step: int, dropout: Any, uninterrupted: Any) -> None:
+    """Also between the regular ones. The curve has one more point there, and the weights are the same bits."""
+    first = dropout.context("sft", sft=STEPS, tracker=dropout.asker(step))
+    with pytest.raises(StoppedError, match=f"sft: ended after step {step} of 8, as asked"):
+        sft.run(replace(first, stop=first.tracker.stop))
+    assert checkpoints.latest(first.checkpoints) == first.checkpoints / f"checkpoint-{step}"
+    context = dropout.context("sft", sft=STEPS)
+    finals = sft.run(context)
+    assert weights(context) == uninterrupted[1]
+    assert finals["sft/validation_loss"] == uninterrupted[0]["sft/validation_loss"]
+    assert {at for at, _ in dropout.curves()} == {step, *(at for at, _ in uninterrupted[2])}
+    assert (dropout.curves() == uninterrupted[2]) == (step == 4)  # where it logs and saves anyway
 
 
 def test_a_stage_that_was_killed_after_training_does_not_train_again(dropout: Any, uninterrupted: Any) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from rlhf import errors
 from rlhf.errors import ArtifactError
 from rlhf.ppo.trainer import Trainer
 
@@ -97,6 +98,37 @@ def test_a_resumed_training_ends_with_the_same_bits(
     assert resumed.train() == expected
     assert curves(resumed) == curves(straight)
     assert resumed.progress.samples == straight.progress.samples
+    for name, weight in tiny.weights(straight).items():
+        assert torch.equal(weight, tiny.weights(resumed)[name]), name
+
+
+@pytest.mark.parametrize("asked", [1, 2, 5])
+def test_a_training_that_is_asked_to_end_leaves_a_checkpoint(
+    asked: int, make_trainer: MakeTrainer, tiny: Any, tmp_path: Path
+) -> None:
+    """Before the first regular one, at the second, and in the last update, where there is nothing left to be saved."""
+    straight = make_trainer(checkpoints=tmp_path / "straight", updates=5, **EVERYTHING)
+    expected = straight.train()
+    stopped = make_trainer(checkpoints=tmp_path / "stopped", updates=5, **EVERYTHING)
+    optimise, saved = stopped.optimise, []
+
+    def asking(experience: Any, update: int) -> Any:
+        stopped.stop.asked = update == asked
+        return optimise(experience, update)
+
+    original_save = stopped.save
+    stopped.optimise = asking  # type: ignore[method-assign]
+    stopped.save = lambda: (saved.append(stopped.progress.update), original_save())  # type: ignore[method-assign]
+    if asked == 5:
+        assert stopped.train() == expected
+        return
+    with pytest.raises(errors.StoppedError, match=f"after update {asked} of 5"):
+        stopped.train()
+    assert saved == [asked]  # and not twice
+    resumed = make_trainer(checkpoints=tmp_path / "stopped", updates=5, **EVERYTHING)
+    resumed.tracker.points = list(stopped.tracker.points)
+    assert resumed.train() == expected
+    assert curves(resumed) == curves(straight)
     for name, weight in tiny.weights(straight).items():
         assert torch.equal(weight, tiny.weights(resumed)[name]), name
 
