@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, Literal
 from prefect import flow, get_run_logger
 from pydantic import Field
 
+from flows.cancelling import cancellable
 from flows.display import PlainDisplay
 from rlhf.artifacts import Store
 from rlhf.config import PipelineConfig
@@ -47,6 +48,7 @@ def new_run_id() -> str:
 
 
 @flow(name="pipeline", flow_run_name="{config.name}", validate_parameters=True, persist_result=False)
+@cancellable
 def pipeline(
     config: PipelineConfig,
     only: Choice = NONE,
@@ -72,6 +74,7 @@ def pipeline(
 
 
 @flow(name="preset", flow_run_name="{preset}", validate_parameters=True, persist_result=False)
+@cancellable
 def preset(
     preset: PresetName = "demo",
     size: SizeName = FULL,

@@ -7,6 +7,7 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed
 
+from flows.cancelling import cancellable
 from flows.pipeline import run_pipeline
 from rlhf import champion
 from rlhf.artifacts import Store
@@ -20,6 +21,7 @@ NOTHING_NEW, PROMOTED, REFUSED = "Nothing new", "Promoted", "Refused"
 
 
 @flow(name="retrain", flow_run_name="retrain {config.name}", validate_parameters=True, persist_result=False)
+@cancellable
 def retrain(config: PipelineConfig) -> State[dict[str, Any]]:
     """Run the pipeline if data, configuration or code changed since the champion; promote the result if it is better.
 

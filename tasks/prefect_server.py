@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import UUID
 
 from rlhf.locks import is_locked, lock, unlock
 
@@ -52,6 +53,21 @@ def make_limit(name: str, slots: int) -> None:
                 client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=slots))
             except ObjectAlreadyExists:
                 return
+
+
+def is_being_cancelled() -> bool:
+    """Whether someone has cancelled the present flow run. False where Prefect does not answer."""
+    import httpx
+    from prefect import runtime
+    from prefect.client.orchestration import get_client
+    from prefect.exceptions import PrefectHTTPStatusError
+
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(UUID(str(runtime.flow_run.id))).state
+    except (httpx.HTTPError, PrefectHTTPStatusError):
+        return False
+    return state is not None and state.is_cancelling()
 
 
 @contextmanager

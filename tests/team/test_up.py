@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 import urllib.parse
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from flows.deployments import shipped
+from rlhf import checkpoints
 from tests.team.conftest import Up, started, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -158,6 +160,24 @@ def test_what_dies_is_started_again(up: Up, name: str) -> None:
     wait_for(lambda: child(up, name) not in (None, victim), f"another {name}")
     run = up.submit("preset/run", **SMOKE)
     assert up.finish(run) == "COMPLETED"
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_cancelled_training_leaves_a_checkpoint_and_no_process(up: Up, processes: int) -> None:
+    """Although no regular one is due. What it took is printed, and in docs/reliability.md."""
+    changes = ["ppo.updates=2000", "ppo.checkpoint_every=1000", f"resources.processes={processes}", "ppo.episodes=8"]
+    before = {*up.home.glob("work/ppo-*/metrics.jsonl")}
+    run = up.submit("preset/run", **SMOKE | {"overrides": [*changes, "resources.threads=1", f"seed={processes}"]})
+    [journal] = wait_for(lambda: {*up.home.glob("work/ppo-*/metrics.jsonl")} - before, "an update of ppo")
+    carriers = [one for one in up.tree() if one.environ().get("PREFECT__FLOW_RUN_ID") == run]
+    began = time.monotonic()
+    assert up.api("POST", f"flow_runs/{run}/set_state", state={"type": "CANCELLING"})["status"] == "ACCEPT"
+    _, alive = psutil.wait_procs(carriers, timeout=60)
+    print(f"{len(carriers)} processes of a run with {processes} were gone after {time.monotonic() - began:.1f} s")
+    assert carriers
+    assert not alive
+    assert up.finish(run) == "CANCELLED"
+    assert checkpoints.latest(journal.parent / "checkpoints") is not None
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
