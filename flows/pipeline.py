@@ -18,6 +18,7 @@ from flows.cancelling import cancellable
 from flows.display import PlainDisplay
 from rlhf.artifacts import Store
 from rlhf.config import PipelineConfig
+from rlhf.disk import named_if_full
 from rlhf.locations import home_directory
 from rlhf.plan import Planner, Selection
 from rlhf.runs import RunRecord
@@ -115,10 +116,11 @@ def run_pipeline(config: PipelineConfig, selection: Selection, *, dry_run: bool 
 
     Raises:
         InputError: the selection, the configuration or the data is wrong; nothing is recorded then.
+        StorageError: the disk is full.
         RlhfError: a stage failed.
     """
     store = Store(home_directory())
-    with flow_run_alive(store.home):
+    with named_if_full(store.home), flow_run_alive(store.home):
         plans = Planner(config, store, selection).plan()  # what cannot be done is refused before anything is recorded
         if dry_run:
             prefect_ui.show_plan(plans)

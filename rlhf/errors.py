@@ -40,6 +40,13 @@ class ArtifactError(RlhfError, OSError):
         super().__init__(message)
 
 
+class StorageError(RlhfError, OSError):
+    """A disk is full, or a shared store cannot be reached or used."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+
 class StoppedError(RlhfError, RuntimeError):
     """A training was asked to end, and did, with a checkpoint from which it goes on."""
 

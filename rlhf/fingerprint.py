@@ -23,9 +23,9 @@ PACKAGE = "rlhf"
 WITHOUT_NUMBERS = frozenset(
     f"rlhf.{name}" if name else "rlhf"
     for name in (
-        "", "artifacts", "checkpoints", "config", "context", "data", "data.problems", "data.settings", "errors",
-        "explain", "fingerprint", "hashing", "hub", "labels", "locations", "locks", "plan", "ppo", "ppo.settings",
-        "resources", "runs", "schema", "settings", "stages", "stopping", "tracker",
+        "", "artifacts", "checkpoints", "config", "context", "data", "data.problems", "data.settings", "disk", "errors",
+        "explain", "fingerprint", "hashing", "headlines", "hub", "labels", "locations", "locks", "plan", "ppo",
+        "ppo.settings", "resources", "runs", "schema", "settings", "stages", "stopping", "tracker",
     )
 )  # fmt: skip
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 from transformers.utils import logging as hf_logging
 
-from rlhf import allocator, checkpoints, processes
+from rlhf import allocator, checkpoints, disk, processes
 from rlhf.errors import ConfigError, StoppedError, TrainingError
 
 if TYPE_CHECKING:
@@ -310,10 +310,12 @@ def train(
     needs another.
 
     Raises:
+        StorageError: there is no room for the checkpoints.
         StoppedError: ``context.stop`` was asked, and a checkpoint is written.
         TrainingError: a loss or gradient is not finite; the checkpoints before it are kept.
     """
     trainer.stage = context.stage
+    _check_room(trainer.model, context)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(PipelineCallback(context, evaluate))
     if processes.index():  # processes drop out different activations; adapters and heads are those of process 0 anyway
@@ -322,6 +324,13 @@ def train(
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if (step := trainer.state.global_step) < trainer.state.max_steps:
         raise StoppedError(f"{context.stage}: ended after step {step} of {trainer.state.max_steps}, as asked")
+
+
+def _check_room(model: torch.nn.Module, context: Context) -> None:
+    """A checkpoint has all weights of a model, or its adapters."""
+    learning, every = trainable_parameters(model), bytes_of(model.parameters())
+    saved = bytes_of(p for p in model.parameters() if p.requires_grad) if context.config.model.lora_rank else every
+    disk.check_room(context.checkpoints, disk.training_bytes(saved, learning, every), context.stage)
 
 
 @contextmanager
@@ -368,6 +377,11 @@ def last_logged(trainer: Trainer, name: str) -> float:
 def trainable_parameters(model: torch.nn.Module) -> int:
     """How many numbers the optimizer changes."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """What tensors take, in bytes."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def batches_by_length(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf import adapt, models, rewards, training
+from rlhf import adapt, disk, models, rewards, training
 from rlhf.errors import DataError
 from rlhf.ppo import state
 from rlhf.ppo.batching import Prompts
@@ -39,6 +39,7 @@ def run(context: Context) -> dict[str, float]:
         ConfigError: a reward function cannot be loaded, or options do not go together.
         DataError: there are no prompts, or one leaves no room for a response.
         RewardError: a reward failed.
+        StorageError: there is no room on the disk.
         StoppedError: ``context.stop`` was asked, and a checkpoint is written.
         TrainingError: a score, loss or gradient is not finite.
     """
@@ -76,10 +77,26 @@ def run(context: Context) -> dict[str, float]:
     if trainer.held_out is not None:
         room = trainer.held_out.token_ids, config.ppo.max_new_tokens
         models.check_room(*room, policy.language_model, "prompts/validation")
+    check_disk(trainer)
     finals = trainer.train()
     if accelerator.is_main_process:
         save(trainer, context.out)
     return finals
+
+
+def check_disk(trainer: Trainer) -> None:
+    """See that there is room for checkpoints, the best policies, and what ``save`` writes.
+
+    Raises:
+        StorageError: there is not.
+    """
+    both = [model for model in (trainer.policy, trainer.value_model) if model is not None]
+    learning = sum(training.trainable_parameters(model) for model in both)
+    weights = learning * 4  # in float32
+    best = 2 * training.trainable_parameters(trainer.policy) * 4 if trainer.settings.eval_every else 0
+    state = weights + learning * disk.MOMENTS_BYTES
+    result = sum(training.bytes_of(model.parameters()) for model in both) + state + best
+    disk.check_room(trainer.checkpoints, disk.training_bytes(weights, learning, result), "ppo")
 
 
 def save(trainer: Trainer, out: Path) -> None:
