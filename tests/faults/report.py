@@ -1,9 +1,16 @@
-"""What the trials of faults gave, as the table of docs/reliability.md."""
+"""What the trials of faults gave, as the table of docs/reliability.md.
+
+RLHF_FAULT_OUTCOMES=FILE make faults
+python -m tests.faults.report FILE
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -14,6 +21,7 @@ class Outcome:
     ``asked``: how often a person asked for the run. ``updates_twice``: updates of PPO that were computed again.
     """
 
+    seed: int
     fault: str
     what: str
     after: float
@@ -32,11 +40,11 @@ HEAD = (
 )
 
 
-def table(outcomes: Sequence[Outcome], seed: int) -> str:
+def table(outcomes: Sequence[Outcome]) -> str:
     """Markdown: a row for each fault, over its moments."""
     rows = []
     for name in dict.fromkeys(outcome.fault for outcome in outcomes):
-        found = [outcome for outcome in outcomes if outcome.fault == name]
+        found = sorted((outcome for outcome in outcomes if outcome.fault == name), key=lambda outcome: outcome.after)
         rows.append(
             f"| {found[0].what} "
             f"| {', '.join(f'{outcome.after:.1f}' for outcome in found)} "
@@ -48,4 +56,10 @@ def table(outcomes: Sequence[Outcome], seed: int) -> str:
             f"| {sum(len(outcome.processes_left) for outcome in found)} "
             f"| {sum(len(outcome.runs_left) for outcome in found)} |\n"
         )
-    return f"Seed {seed}.\n\n{HEAD}{''.join(rows)}"
+    seeds = ", ".join(map(str, sorted({outcome.seed for outcome in outcomes})))
+    return f"{len(outcomes)} trials, seed {seeds}.\n\n{HEAD}{''.join(rows)}"
+
+
+if __name__ == "__main__":
+    lines = Path(sys.argv[1]).read_text(encoding="utf-8").splitlines()
+    print(table([Outcome(**json.loads(line)) for line in lines]), end="")

@@ -1,11 +1,12 @@
 """What happens when something stops: each fault, at three random moments of a run on a real ``rlhf up``.
 
-The seed of the moments is printed, and taken from RLHF_FAULT_SEED if that is set. With RLHF_FAULT_TABLE naming a file,
-the table of docs/reliability.md is written there.
+The seed of the moments is printed, and taken from RLHF_FAULT_SEED if that is set. With RLHF_FAULT_OUTCOMES naming a
+file, each outcome is added to it; ``report.py`` makes the table of docs/reliability.md of them.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -21,13 +22,16 @@ import pytest
 
 from rlhf.runs import read_runs
 from tests.faults import workload
-from tests.faults.report import Outcome, table
+from tests.faults.report import Outcome
 from tests.team.conftest import Up, started, wait_for
 from tests.team.postgres import BIN, Postgres, postgres
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-SEED = int(os.environ.get("RLHF_FAULT_SEED") or random.SystemRandom().randrange(10**6))
+# All processes of one pytest (xdist) have the same.
+SEED = int(
+    os.environ.get("RLHF_FAULT_SEED") or random.Random(os.environ.get("PYTEST_XDIST_TESTRUNUID")).randrange(10**6)
+)
 MOMENTS = range(int(os.environ.get("RLHF_FAULT_MOMENTS", "3")))
 ENDED = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
 HANG_SECONDS = 20.0
@@ -184,7 +188,6 @@ FAULTS = {
     ),
     "postgres-kill": Fault("kill -9 of PostgreSQL, which is started again", postgres_dies, postgres=True),
 }
-OUTCOMES: list[Outcome] = []
 
 
 @dataclass(frozen=True)
@@ -261,6 +264,7 @@ def test_fault(
     with suppress(AssertionError):  # what is left then is in the outcome
         wait_for(lambda: not bench.left() and not bench.unended(), "all to end", seconds=60)
     outcome = Outcome(
+        seed=SEED,
         fault=name,
         what=fault.what,
         after=after,
@@ -272,17 +276,11 @@ def test_fault(
         processes_left=bench.left(),
         runs_left=bench.unended(),
     )
-    OUTCOMES.append(outcome)
     print(asdict(outcome))
+    if path := os.environ.get("RLHF_FAULT_OUTCOMES"):
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(outcome)) + "\n")
     assert outcome.same_result
     assert outcome.stages_twice == 0
     assert outcome.updates_twice <= asked - 1  # at most the one that was under way, which no checkpoint has
     assert outcome.processes_left == outcome.runs_left == []
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _written() -> Iterator[None]:
-    """The table, at the end."""
-    yield
-    if path := os.environ.get("RLHF_FAULT_TABLE"):
-        Path(path).write_text(table(OUTCOMES, SEED), encoding="utf-8")
