@@ -1,0 +1,82 @@
+"""One GPU, two runs: they never train at the same time, none is lost, and a holder that is killed holds up nobody."""
+
+from __future__ import annotations
+
+import json
+from itertools import product
+from typing import Any, NamedTuple
+
+import pytest
+
+from rlhf.config import PipelineConfig
+from rlhf.runs import read_runs
+from tasks.slots import takes_slot
+from tests.team.conftest import Up, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+class Span(NamedTuple):
+    """When a stage was computed, in unix seconds."""
+
+    stage: str
+    begin: float
+    end: float
+
+
+def demo(up: Up, seed: int, updates: int) -> dict[str, Any]:
+    """The demo at a small size, with a seed of its own, so that two have nothing in common."""
+    config: dict[str, Any] = up.deployment("pipeline/demo")["parameters"]["config"]
+    small: dict[str, Any] = {
+        "sft": {"max_steps": 8},
+        "reward": {"max_steps": 4},
+        "ppo": {"updates": updates, "episodes": 8, "max_new_tokens": 16},
+        "evaluate": {"prompts": 8, "bootstrap": 20},
+        "resources": {"threads": 1},
+    }
+    return config | {name: config[name] | values for name, values in small.items()} | {"seed": seed}
+
+
+def spans(up: Up, seed: int) -> dict[str, Span]:
+    """The stages that the run with a seed has computed, once they had their slot."""
+    [record] = [one for one in read_runs(up.home) if one.config["seed"] == seed]
+    found = {}
+    for stage, row in record.stages.items():
+        manifest = json.loads((up.home / "store" / stage / row["key"] / "manifest.json").read_text())
+        found[stage] = Span(stage, manifest["started"], manifest["started"] + manifest["seconds"])
+    return found
+
+
+def begun(up: Up, stage: str, among: set[str]) -> str:
+    """The name of the folder in which a stage works, as soon as there is one that is not ``among`` others."""
+
+    def find() -> str:
+        return next((path.name for path in up.home.glob(f"work/{stage}-*") if path.name not in among), "")
+
+    return str(wait_for(find, f"the begin of {stage}"))
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_two_runs_take_turns(up: Up, killed: bool) -> None:
+    seeds = (41 + 2 * killed, 42 + 2 * killed)
+    others = {path.name for path in up.home.glob("work/*")}
+    first = up.submit("pipeline/demo", config=demo(up, seeds[0], updates=400 if killed else 60))
+    begun(up, "ppo", others)
+    config = demo(up, seeds[1], updates=2)
+    second = up.submit("pipeline/demo", config=config)
+    if killed:
+        begun(up, "sft", others)  # the second one's: it waits for the slot
+        [carrier] = [one for one in up.tree() if one.environ().get("PREFECT__FLOW_RUN_ID") == first]
+        carrier.kill()
+        assert up.finish(second) == "COMPLETED"
+        assert up.finish(first) == "CRASHED"
+        return
+    assert up.finish(first) == up.finish(second) == "COMPLETED"
+    ours, theirs = (spans(up, seed) for seed in seeds)
+    parsed = PipelineConfig.model_validate(config)
+    holding = [[span for span in run.values() if takes_slot(span.stage, parsed)] for run in (ours, theirs)]
+    assert [len(one) for one in holding] == [4, 4]  # sft, reward, ppo and evaluate
+    for a, b in product(*holding):
+        assert a.end <= b.begin or b.end <= a.begin, (a, b)
+    # What needs no slot does not wait for the one that holds it.
+    assert ours["ppo"].begin < theirs["prepare"].begin < theirs["prepare"].end < ours["ppo"].end
