@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 TAG = "rlhf"  # of the runs that are looked after
 HEARTBEAT_SECONDS = 30  # the shortest that Prefect takes
 # Ten heartbeats, so that a stage which holds the interpreter, or a server that hangs for a minute, is no alarm. It is
-# also more than Prefect's own 180 s between heartbeats, for runs that have not got the setting.
+# also more than Prefect's own 180 s between heartbeats, for runs that have not got the setting. Not less than this: a
+# change of state within 5 minutes of the last one waits for 15 in a server that was not there at both.
 DEAD_SECONDS = 300.0
 # Heartbeats after which a run that is Crashed lives: of a run that is tried again and ends at once, there is only one.
 ALIVE_HEARTBEATS = 2

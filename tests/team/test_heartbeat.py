@@ -188,7 +188,7 @@ def test_who_is_not_heard_of_is_crashed_and_who_is_again_is_not(team: Team) -> N
 
 
 def test_after_an_outage_of_the_server(team: Team) -> None:
-    """It is longer than the patience. Who died in it is found; who lives waits for the server, and ends as it should."""
+    """It is longer than the patience. Who died in it is found; who lives waits for the server, and ends well."""
     with machines(team, "unlucky", "lucky", pipeline="short") as (unlucky, lucky):
         team.process.kill()
         team.process.wait()
