@@ -93,6 +93,9 @@ def _execute(config: PipelineConfig, selection: Selection, store: Store, console
     from flows.display import make_display
 
     server = _server(store)
+    from prefect import tags
+
+    from flows.heartbeats import TAG
     from flows.pipeline import NONE, pipeline, watcher
 
     if server is not None:
@@ -100,13 +103,14 @@ def _execute(config: PipelineConfig, selection: Selection, store: Store, console
     display = make_display(console)
     token = watcher.set(display)
     try:
-        pipeline(
-            config,
-            only=selection.only or NONE,
-            from_stage=selection.start or NONE,
-            until=selection.until or NONE,
-            refresh=sorted(selection.refresh),
-        )
+        with tags(TAG):
+            pipeline(
+                config,
+                only=selection.only or NONE,
+                from_stage=selection.start or NONE,
+                until=selection.until or NONE,
+                refresh=sorted(selection.refresh),
+            )
     finally:
         display.close()
         watcher.reset(token)
@@ -125,10 +129,14 @@ def _sweep(options: argparse.Namespace, console: Console) -> None:
     _config(options)
     if server := _server(_store(options)):
         server.wait()
+    from prefect import tags
+
+    from flows.heartbeats import TAG
     from flows.sweep import sweep
 
     where: Literal["ray", "processes"] = "ray" if options.ray else "processes"
-    done = sweep(options.source, options.size or "", options.set or [], options.over, options.runs, where)
+    with tags(TAG):
+        done = sweep(options.source, options.size or "", options.set or [], options.over, options.runs, where)
     if options.json:
         print(json.dumps(done, indent=1))
         return

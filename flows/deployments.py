@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from flows.heartbeats import ENVIRONMENT, TAG, look_after_runs
 from rlhf.config import PipelineConfig
 from rlhf.data.settings import KINDS
 from rlhf.errors import ConfigError
@@ -19,7 +20,8 @@ from rlhf.settings import load, presets
 from tasks.prefect_server import make_pool
 
 POOL = "rlhf"
-TAGS = ["rlhf"]
+TAGS = [TAG]
+JOB = {"env": ENVIRONMENT}  # of runs, whoever has started their worker
 
 
 class Applied(NamedTuple):
@@ -51,6 +53,7 @@ def schedule(config: PipelineConfig, cron: str, timezone: str, pool: str = POOL)
     from flows.retrain import retrain
 
     make_pool(pool)
+    look_after_runs()
     try:
         one = RunnerDeployment.from_flow(
             retrain,
@@ -61,6 +64,7 @@ def schedule(config: PipelineConfig, cron: str, timezone: str, pool: str = POOL)
             schedules=[Cron(cron, timezone=timezone)],
             concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
             work_pool_name=pool,
+            job_variables=JOB,
             entrypoint_type=EntrypointType.MODULE_PATH,
         )
     except ValueError as error:
@@ -74,7 +78,7 @@ def schedule(config: PipelineConfig, cron: str, timezone: str, pool: str = POOL)
 def apply(configs: Iterable[PipelineConfig], pool: str = POOL) -> list[Applied]:
     """Put the work pool, ``preset/run`` and one deployment for each configuration on the server of ``PREFECT_API_URL``.
 
-    A work pool that is there is left as it is, whatever its type.
+    So are the automations that look after runs. A work pool that is there is left as it is, whatever its type.
     """
     from prefect.deployments.runner import RunnerDeployment
     from prefect.types.entrypoint import EntrypointType
@@ -82,6 +86,7 @@ def apply(configs: Iterable[PipelineConfig], pool: str = POOL) -> list[Applied]:
     from flows.pipeline import pipeline, preset
 
     make_pool(pool)
+    look_after_runs()
     made = [
         RunnerDeployment.from_flow(
             preset,
@@ -89,6 +94,7 @@ def apply(configs: Iterable[PipelineConfig], pool: str = POOL) -> list[Applied]:
             description=preset.description,
             tags=TAGS,
             work_pool_name=pool,
+            job_variables=JOB,
             entrypoint_type=EntrypointType.MODULE_PATH,
         )
     ]
@@ -100,6 +106,7 @@ def apply(configs: Iterable[PipelineConfig], pool: str = POOL) -> list[Applied]:
             tags=TAGS,
             parameters={"config": config.model_dump(mode="json")},
             work_pool_name=pool,
+            job_variables=JOB,
             entrypoint_type=EntrypointType.MODULE_PATH,
         )
         for config in configs

@@ -13,6 +13,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from flows.heartbeats import ENVIRONMENT
 from rlhf.locks import lock, unlock
 from tasks.lifetime import end_with
 from tasks.prefect_server import PRIVATE
@@ -25,6 +26,8 @@ def configure(home: Path) -> None:
     os.environ.setdefault("PREFECT_HOME", str(home / "prefect"))
     os.environ.setdefault("PREFECT_SERVER_ANALYTICS_ENABLED", "false")
     os.environ.setdefault("DO_NOT_TRACK", "1")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     # Errors reach the user once, from the command line; Prefect's console would add a traceback to each.
     os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL")
 

@@ -23,6 +23,7 @@ from types import FrameType
 from rich.console import Console
 
 from flows.children import Child
+from flows.heartbeats import SERVER_ENVIRONMENT
 from flows.server import configure
 from rlhf.errors import ConfigError
 from rlhf.locations import home_directory
@@ -140,6 +141,7 @@ def _programs(options: argparse.Namespace, home: Path) -> tuple[Child, Child, Ch
     url: str | None = options.database_url
     python, logs = sys.executable, home / "logs"
     prefect_environment = {
+        **SERVER_ENVIRONMENT,
         "PREFECT_SERVER_UI_API_URL": "/api",  # the UI asks the server that it came from, on whatever port
         "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
@@ -179,7 +181,6 @@ def _programs(options: argparse.Namespace, home: Path) -> tuple[Child, Child, Ch
         {
             "PYTHONPATH": os.pathsep.join(filter(None, (str(Path.cwd()), os.environ.get("PYTHONPATH")))),
             "PREFECT_WORKER_QUERY_SECONDS": "2",
-            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
         },
         logs / "worker.log",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import base64
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -39,17 +40,20 @@ def flow_run_link() -> str:
 def show_plan(plans: Sequence[StagePlan]) -> None:
     """Leave the table of what would be computed, and why."""
     rows = [(plan.stage, plan.action, "; ".join(plan.reasons), _short(plan.key)) for plan in plans]
-    _leave("plan", table(("stage", "would", "why", "key"), rows), "What would be computed, and why")
+    with _not_failing():
+        _leave("plan", table(("stage", "would", "why", "key"), rows), "What would be computed, and why")
 
 
 def show_verdict(name: str, lines: Sequence[str]) -> None:
     """Leave what a retraining came to, and why."""
-    _leave("retraining", f"## {name}\n\n" + "\n".join(f"- {line}" for line in lines), "What the retraining came to")
+    text = f"## {name}\n\n" + "\n".join(f"- {line}" for line in lines)
+    with _not_failing():
+        _leave("retraining", text, "What the retraining came to")
 
 
 def show_run(run: Run) -> None:
     """Leave the table of stages with links, and of the evaluation figures and plots, as far as the run came."""
-    try:
+    with _not_failing():
         _leave("stages", _stages(run), "The stages of this run")
         if "evaluate" in run.manifests:
             _leave("evaluation", _evaluation(run), "The policies on held-out prompts")
@@ -57,8 +61,6 @@ def show_run(run: Run) -> None:
             for name in manifest.files:
                 if name.endswith(".png"):
                     _leave_image(stage, run.directory(stage) / name)
-    except Exception:
-        log.exception("what the Prefect UI shows of this run could not be made")
 
 
 def again_link(stage: str, option: str) -> str | None:
@@ -134,6 +136,15 @@ def _leave_image(stage: str, path: Path) -> None:
     data = base64.b64encode(path.read_bytes()).decode()
     key = f"{stage}-{path.stem}".lower().replace("_", "-")
     artifacts.create_image_artifact(f"data:image/png;base64,{data}", key=key, description=f"{stage}: {path.stem}")
+
+
+@contextmanager
+def _not_failing() -> Iterator[None]:
+    """Go on without what the UI shows. After one error the rest is left out: each may take long."""
+    try:
+        yield
+    except Exception:
+        log.exception("what the Prefect UI shows of this run could not be made")
 
 
 def _short(key: str | None) -> str:

@@ -115,7 +115,7 @@ def follow(directory: Path, tracking_uri: str, wait: Callable[[float], bool]) ->
     Returns:
         Whether everything is shipped.
     """
-    closing, failures, deadline = False, 0, float("inf")
+    closing, failures, stuck, deadline = False, 0, 0, float("inf")
     pending = pending_one_by_one(directory.parent, tracking_uri)
     with Replay(directory, tracking_uri) as replay:
         while True:
@@ -135,14 +135,15 @@ def follow(directory: Path, tracking_uri: str, wait: Callable[[float], bool]) ->
                 if failures > 0:
                     log.info("MLflow at %s is back; it has all metrics now", without_password(tracking_uri))
                 failures = 0
+                stuck = stuck + 1 if state.waiting else 0  # files that cannot be sent now are not sent every second
                 next(pending, None)  # of what earlier runs have left, one at a time: this run goes first
                 if state.complete or closing:
                     return not state.waiting
+            pause = min(LONGEST_WAIT_SECONDS, POLL_SECONDS * 2 ** min(max(failures, stuck), 8)) * random.uniform(0.5, 1)
             if closing:
-                time.sleep(POLL_SECONDS)
+                time.sleep(pause)
             else:
-                pause = min(LONGEST_WAIT_SECONDS, POLL_SECONDS * 2 ** min(failures, 8))
-                closing = wait(pause * random.uniform(0.5, 1.0))
+                closing = wait(pause)
 
 
 def main(directory: Path, tracking_uri: str) -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from types import TracebackType
 
 from prefect.concurrency.sync import concurrency
 from prefect.logging import get_run_logger
@@ -18,7 +19,7 @@ from prefect.logging import get_run_logger
 from rlhf.config import PipelineConfig
 from rlhf.locks import POLL_SECONDS, try_lock, unlock
 from rlhf.stages import stage_modules
-from tasks.prefect_server import is_private, make_limit
+from tasks.prefect_server import is_away, is_private, make_limit, patiently
 from tasks.run import Run
 
 LEASE_SECONDS = 60.0  # after which the slot of a holder that has died on another machine is free again
@@ -38,11 +39,36 @@ def slot(run: Run, stage: str) -> Iterator[None]:
         return
     with ExitStack() as held:
         if not is_private():
-            make_limit(name, slots)
-            held.enter_context(
-                concurrency(name, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False)
-            )
+            patiently(lambda: make_limit(name, slots))
+            held.enter_context(_lease(name))
         held.callback(unlock, _lock_one(run.store.home / "locks", name, slots))
+        yield
+
+
+@contextmanager
+def _lease(name: str) -> Iterator[None]:
+    """Hold a lease of the limit. A server that is away is waited for at the beginning, and not at the end."""
+
+    def take() -> AbstractContextManager[None]:
+        lease = concurrency(name, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False)
+        lease.__enter__()
+        return lease
+
+    lease = patiently(take)
+
+    def give_back(
+        kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        try:
+            return lease.__exit__(kind, error, traceback)
+        except Exception as failure:
+            if failure is error or not is_away(failure):
+                raise
+            get_run_logger().warning("the slot %r is free in %.0f s: Prefect's server is away", name, LEASE_SECONDS)
+            return None
+
+    with ExitStack() as stack:
+        stack.push(give_back)
         yield
 
 

@@ -7,15 +7,19 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 
 from rlhf.tracker import JournalTracker
+from tasks import shipper
 from tasks.journal import PARENT, RunJournal
 from tasks.mlflow_server import connect, default_uri
 from tasks.mlflow_sync import Shipped, ship
@@ -215,3 +219,64 @@ def test_without_a_server_the_run_ends_in_time_and_is_kept_for_later(
     assert time.monotonic() - started < 5
     assert ship(tmp_path / "offline", store).complete
     assert runs_of(store, "offline")[PARENT].data.tags["late"] == "yes"
+
+
+# Waiting, in numbers
+
+
+@pytest.mark.parametrize("trouble", ["no answer", "a file that cannot be sent"])
+def test_attempts_grow_rarer_and_are_not_regular(trouble: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stubborn:
+        def __init__(self, directory: Path, tracking_uri: str) -> None: ...
+        def __enter__(self) -> "Stubborn":
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+        def run(self) -> Shipped:
+            if trouble == "no answer":
+                raise MlflowException("503 Service Unavailable")
+            return Shipped(waiting=[0])
+
+    waits: list[float] = []
+
+    def wait(seconds: float) -> bool:
+        waits.append(seconds)
+        return len(waits) == 20
+
+    monkeypatch.setattr(shipper, "Replay", Stubborn)
+    monkeypatch.setattr(shipper, "PATIENCE_SECONDS", 0.0)
+    with begin(tmp_path / "run"):
+        assert not shipper.follow(tmp_path / "run", "http://127.0.0.1:9", wait)
+    most = [min(shipper.LONGEST_WAIT_SECONDS, shipper.POLL_SECONDS * 2**i) for i in range(1, 21)]
+    assert all(limit / 2 <= seconds <= limit for seconds, limit in zip(waits, most, strict=True))
+    assert len(set(waits)) == 20
+
+
+@pytest.mark.parametrize("status", [500, 503, 0])
+def test_an_answer_that_is_an_error_or_none_loses_nothing(
+    status: int, store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0: the connection ends without one."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if status:
+                self.send_error(status)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None: ...
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR", "0")
+    name = f"answer-{status}"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with begin(tmp_path / name) as journal:
+            journal.start_stage("sft")
+            journal.metrics("sft", {"sft/loss": 1.0}, 1)
+        with pytest.raises(MlflowException):
+            ship(tmp_path / name, f"http://127.0.0.1:{server.server_port}")
+        server.shutdown()
+    state = ship(tmp_path / name, store)
+    assert (state.complete, state.skipped) == (True, 0)
+    assert history(store, runs_of(store, name)["sft"], "sft/loss") == [(1, 1.0)]

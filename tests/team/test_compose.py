@@ -20,6 +20,7 @@ import httpx
 import pytest
 import yaml
 
+from flows.heartbeats import ENVIRONMENT, SERVER_ENVIRONMENT
 from flows.server import free_port
 from tests.team.conftest import wait_for
 from tests.team.postgres import needs_postgres, postgres
@@ -85,6 +86,12 @@ def test_a_secret_that_is_not_given_is_an_error() -> None:
     example = {line.split("=")[0] for line in (DOCKER / "example.env").read_text().splitlines() if "=" in line}
     assert set(SECRETS) <= example
     assert {match[1] for match in REFERENCE.finditer(text)} <= {name.removeprefix("# ") for name in example}
+
+
+def test_the_server_and_the_runs_know_of_heartbeats() -> None:
+    found = services((DOCKER / "compose.yaml").read_text(), SECRETS)
+    assert found["prefect"]["environment"].items() >= SERVER_ENVIRONMENT.items()
+    assert found["worker"]["environment"].items() >= ENVIRONMENT.items()
 
 
 class Services:

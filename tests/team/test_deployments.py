@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from flows.heartbeats import ENVIRONMENT, FOUND, LOST
 from tests.team.conftest import Up
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +57,8 @@ def deploy(up: Up, home: Path) -> dict[str, dict[str, Any]]:
 
 
 def test_prefect_yaml(up: Up, pools: None, tmp_path: Path) -> None:
+    for row in up.api("POST", "automations/filter"):  # of rlhf up: the file makes them, too
+        up.api("DELETE", f"automations/{row['id']}")
     first = deploy(up, tmp_path)
     again = deploy(up, tmp_path)
     assert {name: one["id"] for name, one in again.items()} == {name: one["id"] for name, one in first.items()}
@@ -65,6 +68,7 @@ def test_prefect_yaml(up: Up, pools: None, tmp_path: Path) -> None:
     docker, kubernetes, nightly = (again[name] for name in NAMES)
     assert (docker["work_pool_name"], docker["job_variables"]["volumes"]) == (POOLS[0], ["rlhf-state:/state"])
     assert docker["job_variables"]["env"] == {
+        **ENVIRONMENT,
         "RLHF_HOME": "/state",
         "MLFLOW_TRACKING_URI": "http://mlflow.example.org:5000",
         "MLFLOW_TRACKING_USERNAME": "somebody",
@@ -75,3 +79,4 @@ def test_prefect_yaml(up: Up, pools: None, tmp_path: Path) -> None:
     assert not schedule["active"]
     assert nightly["global_concurrency_limit"]["limit"] == 1
     assert nightly["parameters"]["config"]["name"] == "nightly"
+    assert sorted(row["name"] for row in up.api("POST", "automations/filter")) == sorted([LOST, FOUND])

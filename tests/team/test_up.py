@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from flows.deployments import shipped
+from flows.heartbeats import ENVIRONMENT, FOUND, LOST
 from rlhf import checkpoints
 from tests.team.conftest import Up, started, wait_for
 
@@ -119,6 +120,8 @@ def test_deploying_again_makes_nothing_twice(up: Up, tmp_path: Path) -> None:
         found = ids()
     assert set(found) == {"run", "mine", *(config.name for config in shipped())}
     assert up.deployment("pipeline/mine")["parameters"]["config"]["seed"] == 5
+    assert up.deployment("pipeline/mine")["job_variables"]["env"] == ENVIRONMENT
+    assert sorted(row["name"] for row in up.api("POST", "automations/filter")) == sorted([LOST, FOUND])
 
 
 def test_a_second_one_says_what_is_there(up: Up) -> None:
