@@ -11,6 +11,7 @@ import ast
 import hashlib
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from rlhf.errors import ConfigError
@@ -45,11 +46,11 @@ def import_closure(module: str) -> dict[str, Path]:
     waiting = [module]
     while waiting:
         name = waiting.pop()
-        path = module_file(name)
-        if path is None or name in found or name in WITHOUT_NUMBERS:
+        if name in found or name in WITHOUT_NUMBERS or (path := module_file(name)) is None:
             continue
         found[name] = path
-        waiting.extend(_imports(name, path))
+        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+        waiting.extend(_imports(package, path.read_bytes()))
     return dict(sorted(found.items()))
 
 
@@ -60,9 +61,14 @@ def code_fingerprint(path: Path) -> str:
         ConfigError: the file is not valid Python.
     """
     try:
-        tree = ast.parse(path.read_bytes())
+        return _fingerprint(path.read_bytes())
     except SyntaxError as error:
         raise ConfigError(f"{path}, line {error.lineno}: not valid Python: {error.msg}") from None
+
+
+@cache  # by content, as a run asks for the same files once for each stage, twice
+def _fingerprint(source: bytes) -> str:
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
@@ -103,10 +109,11 @@ def function_file(reference: str) -> Path:
     )
 
 
-def _imports(name: str, path: Path) -> Iterator[str]:
-    """Names of the package's modules that a file may import, parents included (their ``__init__`` runs too)."""
-    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in _running_nodes(ast.parse(path.read_bytes())):
+@cache  # by content
+def _imports(package: str, source: bytes) -> tuple[str, ...]:
+    """Names of our modules that a module in ``package`` may import, parents included (their ``__init__`` runs too)."""
+    names: list[str] = []
+    for node in _running_nodes(ast.parse(source)):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         else:
@@ -118,7 +125,8 @@ def _imports(name: str, path: Path) -> Iterator[str]:
         for module in modules:
             parts = module.split(".")
             if parts[0] == PACKAGE:
-                yield from (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+                names += (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    return tuple(dict.fromkeys(names))
 
 
 def _running_nodes(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from prefect import artifacts, runtime
@@ -63,19 +63,26 @@ def show_run(run: Run) -> None:
                     _leave_image(stage, run.directory(stage) / name)
 
 
-def again_link(stage: str, option: str) -> str | None:
-    """The address of the run form with this run's parameters and ``option`` set to the stage; None without one."""
+class _Form(NamedTuple):
+    """The run form of the deployment that this run came from: its address, and what to fill in."""
+
+    address: str
+    parameters: dict[str, Any]
+
+    def link(self, stage: str, option: str) -> str:
+        """The form with this run's parameters, and ``option`` set to the stage."""
+        parameters = self.parameters | dict.fromkeys(("only", "from_stage", "until"), "none")
+        parameters |= {"refresh": [], "dry_run": False, option: stage}
+        text = json.dumps(parameters, default=_jsonable, separators=(",", ":"))
+        return f"{self.address}?parameters={quote(text, safe='')}"
+
+
+def _form() -> _Form | None:
+    """The form to run again with; None without a deployment or an address of the UI. This asks the server."""
     deployment, base = runtime.deployment.id, PREFECT_UI_URL.value()
     if deployment is None or base is None:
         return None
-    parameters = dict(runtime.flow_run.parameters)
-    parameters |= dict.fromkeys(("only", "from_stage", "until"), "none") | {
-        "refresh": [],
-        "dry_run": False,
-        option: stage,
-    }
-    text = json.dumps(parameters, default=_jsonable, separators=(",", ":"))
-    return f"{base}/deployments/deployment/{deployment}/run?parameters={quote(text, safe='')}"
+    return _Form(f"{base}/deployments/deployment/{deployment}/run", dict(runtime.flow_run.parameters))
 
 
 def table(head: Sequence[str], rows: Rows) -> str:
@@ -85,7 +92,7 @@ def table(head: Sequence[str], rows: Rows) -> str:
 
 
 def _stages(run: Run) -> str:
-    links = _mlflow_links(run)
+    links, form = _mlflow_links(run), _form()
     rows = []
     for stage in run.selection.stages(run.config):
         plan, manifest = run.plans.get(stage), run.manifests.get(stage)
@@ -93,8 +100,11 @@ def _stages(run: Run) -> str:
             rows.append([stage, "not reached", *[""] * 6])
             continue
         became = "failed or stopped" if manifest is None else "ran" if stage in run.computed else "cached"
-        again = [f"[{text}]({link})" for text, option in (("only", "only"), ("from here", "from_stage"))
-                 if (link := again_link(stage, option))]  # fmt: skip
+        again = [
+            f"[{text}]({form.link(stage, option)})"
+            for text, option in (("only", "only"), ("from here", "from_stage"))
+            if form is not None
+        ]
         rows.append([
             stage,
             became,

@@ -1,8 +1,11 @@
 """One GPU, many runs: a stage that computes on it takes a slot first, and gives it back however it ends.
 
-A slot is two things. A lease of Prefect's global concurrency limit ``resources.slot``, which people see in the UI and
-which counts over all machines; and a lock on this machine's home folder, which the kernel gives back at once when its
-holder dies, and which holds while Prefect's server is away and leases run out.
+A slot is two things. A lock on this machine's home folder, which the kernel gives back at once when its holder dies,
+and which holds while Prefect's server is away and leases run out; and a lease of Prefect's global concurrency limit
+``resources.slot``, which people see in the UI and which counts over all machines.
+
+The lock comes first: who waits for it goes on within ``POLL_SECONDS``. Whom Prefect refuses a lease asks again only
+after up to 40 seconds, so that on one machine only as many ask as there are slots.
 """
 
 from __future__ import annotations
@@ -40,8 +43,9 @@ def slot(run: Run, stage: str) -> Iterator[None]:
     with ExitStack() as held:
         if not is_private():
             patiently(lambda: make_limit(name, slots))
-            held.enter_context(_lease(name))
         held.callback(unlock, _lock_one(run.store.home / "locks", name, slots))
+        if not is_private():
+            held.enter_context(_lease(name))
         yield
 
 

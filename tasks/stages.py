@@ -11,14 +11,16 @@ import importlib
 import logging
 import os
 import shutil
+import sys
 import time
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import prefect
 from prefect.cache_policies import CacheKeyFnPolicy
-from prefect.transactions import IsolationLevel
+from prefect.transactions import BaseTransaction, IsolationLevel
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from rlhf.artifacts import JOURNAL, Manifest, make_manifest
@@ -75,7 +77,22 @@ def run_stage(plan: StagePlan) -> ArtifactRef:
         cache_policy=policy, result_storage=run.store.home / "results", refresh_cache=refresh
     )
     # The task gets what a person wants to see of it in Prefect's UI; the rest comes from the run.
-    return task(stage=plan.stage, key=str(plan.key), reasons=list(plan.reasons))
+    with _by_itself():
+        return task(stage=plan.stage, key=str(plan.key), reasons=list(plan.reasons))
+
+
+@contextmanager
+def _by_itself() -> Iterator[None]:
+    """Tasks called in here are in no other task's transaction.
+
+    A task within a task, as in a sweep, would be recorded, and give back its lock, only at the end of the outer one:
+    runs that share a stage would go one after the other, and a run that fails would take back what it has computed.
+    """
+    token = BaseTransaction.__var__.set(cast(BaseTransaction, None))
+    try:
+        yield
+    finally:
+        BaseTransaction.__var__.reset(token)
 
 
 def compute(run: Run, stage: str, key: str) -> ArtifactRef:
@@ -149,11 +166,14 @@ def _reference(manifest: Manifest) -> ArtifactRef:
 
 
 def _device(run: Run, stage: str) -> str:
-    import torch
+    """What a stage has computed on. A stage that did not need torch does not load it for this, which takes seconds."""
+    resources, distributed = run.config.resources, STAGES[stage].distributed
+    device = f"cpu ({os.cpu_count()} cores)"
+    if resources.device != "cpu" and ("torch" in sys.modules or (distributed and launch.is_wanted(resources))):
+        import torch
 
-    cuda = run.config.resources.device != "cpu" and torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else f"cpu ({os.cpu_count()} cores)"
-    processes = run.config.resources.processes if STAGES[stage].distributed else 1
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else device
+    processes = resources.processes if distributed else 1
     return f"{device}, {processes} processes" if processes > 1 else device
 
 
