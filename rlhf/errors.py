@@ -40,5 +40,12 @@ class ArtifactError(RlhfError, OSError):
         super().__init__(message)
 
 
+class StorageError(RlhfError, OSError):
+    """The shared store cannot be read or written, or what is to be fetched from it does not fit on the disk."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+
 class TrainingError(RlhfError, ArithmeticError):
     """Training cannot go on: a loss, reward or gradient is not finite."""

@@ -25,7 +25,7 @@ WITHOUT_NUMBERS = frozenset(
     for name in (
         "", "artifacts", "checkpoints", "config", "context", "data", "data.problems", "data.settings", "errors",
         "explain", "fingerprint", "hashing", "hub", "labels", "locations", "locks", "plan", "ppo", "ppo.settings",
-        "resources", "runs", "schema", "settings", "stages", "tracker",
+        "resources", "retry", "runs", "schema", "settings", "shared_store", "stages", "stores", "tracker",
     )
 )  # fmt: skip
 

@@ -48,11 +48,13 @@ def of_pipeline(config: PipelineConfig, store: Store) -> Trained:
     Raises:
         NotCachedError: there is no policy at all.
         InputError: a file or module that the configuration names is missing.
+        ArtifactError, StorageError: a model cannot be fetched from the shared store.
     """
     found, notes = {}, []
     for plan in Planner(config, store).plan():
         if _has_model(plan.stage, config):
             if plan.action == "cached":
+                store.open(plan.stage, str(plan.key))
                 found[plan.stage] = store.path(plan.stage, str(plan.key))
             else:
                 last = _last(plan, config, store)
