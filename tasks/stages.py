@@ -78,10 +78,11 @@ def run_stage(plan: StagePlan) -> ArtifactRef:
 def compute(run: Run, stage: str, key: str) -> ArtifactRef:
     """Compute a stage and publish its artifact; the caller holds the lock of its key.
 
-    An earlier attempt's checkpoints are found again. Nothing is published unless the stage returns.
+    An earlier attempt's checkpoints are found again. Nothing is published unless the stage returns. If it cannot be
+    sent to the shared store, the run fails, and the next one sends it.
     """
     if not run.selection.computes(stage, run.config):
-        try:  # computed before, but Prefect's record of it is gone
+        try:  # computed before, but Prefect's record of it is gone or on another machine
             return _reference(run.store.open(stage, key))
         except ArtifactError:
             pass
@@ -123,6 +124,7 @@ def compute(run: Run, stage: str, key: str) -> ArtifactRef:
     )
     run.store.publish(out, manifest)
     shutil.rmtree(work)
+    run.store.send(stage, key)
     return _reference(manifest)
 
 
