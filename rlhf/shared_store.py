@@ -46,8 +46,8 @@ def check_url(url: str) -> None:
     if protocol in READ_ONLY or not (protocol in known_implementations or protocol in registry):
         why = "cannot be written to" if protocol in READ_ONLY else "is known to no driver of fsspec"
         raise ConfigError(f"{option}: {protocol}:// {why}; take s3://, gs://, abfs:// or file:///, for example")
-    package = "" if protocol in registry else known_implementations[protocol]["class"].partition(".")[0]
-    if package and find_spec(package) is None:
+    package = known_implementations.get(protocol, {"class": "fsspec"})["class"].partition(".")[0]
+    if find_spec(package) is None:
         wanted = EXTRAS.get(protocol, package)
         raise ConfigError(f"{option}: the driver {package} is not installed: pip install '{wanted}'")
     if protocol in ("file", "local") and not (place.startswith("/") and Path(place).is_dir()):

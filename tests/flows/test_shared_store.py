@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 
 from rlhf import shared_store
@@ -188,7 +190,22 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     client.create_bucket(Bucket="models")
     client.close()
     yield "s3://models/team"
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
     server.stop()
+
+
+def test_what_s3_refuses_is_said_at_once(bucket: str, rlhf: Rlhf, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("tried again"))
+    code, _, error = rlhf("plan", "--store", "s3://no-such-bucket/x")
+    assert code == 1
+    assert "the shared store s3://no-such-bucket/x is not there" in error
+    assert "NoSuchBucket" in error
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    code, _, error = rlhf("plan", "--store", bucket)
+    assert code == 1
+    assert f"the shared store {bucket} refuses: " in error
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -382,6 +383,14 @@ def test_a_full_disk_is_said_before_the_download(machines: Machines, monkeypatch
     with pytest.raises(StorageError, match=words):
         b.open(*PLACE)
     assert not [request for request in Unsteady.requests if request[0] == "get"]
+
+
+def test_those_who_want_the_same_at_once_fetch_it_once(machines: Machines) -> None:
+    manifest = compute(machines("a"))
+    with ThreadPoolExecutor(4) as threads:
+        opened = list(threads.map(lambda store: store.open(*PLACE), [machines("b") for _ in range(4)]))
+    assert opened == [manifest] * 4
+    assert Unsteady.requests.count(("get", "weights.bin")) == 1
 
 
 # --- a folder that several machines see
