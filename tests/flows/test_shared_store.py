@@ -98,6 +98,20 @@ def test_a_damaged_shared_artifact_is_computed_again_and_replaced(
     assert calls == ["sft"]
 
 
+def test_what_must_come_from_the_cache_and_is_damaged_is_not_computed(
+    on: Callable[[str], Rlhf], calls: list[str], shared: Path
+) -> None:
+    assert on("a")("run")[0] == 0
+    calls.clear()
+    [model] = shared.glob("sft/*/*/model")
+    model.unlink()
+    code, _, error = on("b")("run", "--only", "ppo")
+    assert code == 2
+    assert "sft must come from the cache, but it cannot be opened (missing)" in error
+    assert "rlhf run --until sft" in error
+    assert calls == []
+
+
 @pytest.mark.parametrize("rest", [[], ["ppo", "evaluate"]])
 def test_what_could_not_be_sent_is_sent_by_the_next_run(
     on: Callable[[str], Rlhf], calls: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rest: list[str]
