@@ -22,11 +22,12 @@ from rlhf import headlines
 from rlhf.artifacts import Store, verify
 from rlhf.config import PipelineConfig
 from rlhf.errors import ArtifactError, ConfigError, InputError, RlhfError
-from rlhf.locations import home_directory
+from rlhf.locations import STORE_VARIABLE, home_directory
 from rlhf.plan import Planner, Selection, StagePlan
 from rlhf.runs import read_runs
 from rlhf.settings import dump, load, presets
 from rlhf.stages import STAGES
+from rlhf.stores import SharingStore, open_store
 
 if TYPE_CHECKING:
     from flows.server import Server
@@ -48,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console, errors = _Console(), Console(stderr=True)
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # the user's reward functions live there; last, so that nothing is hidden
+    if getattr(options, "store", None) is not None:
+        os.environ[STORE_VARIABLE] = options.store  # for this process's flows and for its children
     try:
         return int(options.command(options, console) or DONE)
     except InputError as error:
@@ -72,9 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, console: Console) -> int:
     config, store, selection = _config(options), _store(options), _selection(options)
     plans = Planner(config, store, selection).plan()
-    if all(plan.action == "cached" for plan in plans):
+    if all(plan.action == "cached" and not plan.place for plan in plans):
         for plan in plans:
             store.touch(plan.stage, str(plan.key))
+        store.send_unsent()
     else:
         if not options.json:
             summary.print_plan(plans, console)
@@ -193,7 +197,7 @@ def _deploy(options: argparse.Namespace, console: Console) -> None:
 
 
 def _runs(options: argparse.Namespace, console: Console) -> None:
-    records = read_runs(_store(options).home)
+    records = read_runs(home_directory(options.home))
     if options.json:
         print(json.dumps([vars(record) for record in records], indent=1))
         return
@@ -210,7 +214,7 @@ def _runs(options: argparse.Namespace, console: Console) -> None:
 
 
 def _cache_ls(options: argparse.Namespace, console: Console) -> None:
-    store = _store(options)
+    store = Store(home_directory(options.home))
     rows: list[dict[str, Any]] = []
     for path in store.artifacts():
         stage, key = path.parent.name, path.name
@@ -238,7 +242,7 @@ def _cache_ls(options: argparse.Namespace, console: Console) -> None:
 
 
 def _cache_verify(options: argparse.Namespace, console: Console) -> int:
-    store = _store(options)
+    store = Store(home_directory(options.home))
     damaged = 0
     artifacts = list(store.artifacts())
     for path in artifacts:
@@ -252,9 +256,17 @@ def _cache_verify(options: argparse.Namespace, console: Console) -> int:
     return FAILED if damaged else DONE
 
 
+def _cache_send(options: argparse.Namespace, console: Console) -> None:
+    store = _store(options)
+    if not isinstance(store, SharingStore):
+        raise ConfigError(f"there is no shared store to send to; name one: --store URL, or {STORE_VARIABLE}")
+    sent = store.send_all()
+    console.print(f"{store.shared.url} has all {sent} artifacts of {store.root}", highlight=False, soft_wrap=True)
+
+
 def _cache_gc(options: argparse.Namespace, console: Console) -> None:
     """Keep what the last runs of each pipeline used."""
-    store = _store(options)
+    store = Store(home_directory(options.home))
     by_pipeline: dict[str, list[Any]] = {}
     for record in read_runs(store.home):
         by_pipeline.setdefault(record.pipeline, []).append(record)
@@ -276,7 +288,7 @@ def _config(options: argparse.Namespace) -> PipelineConfig:
 
 
 def _store(options: argparse.Namespace) -> Store:
-    return Store(home_directory(options.home))
+    return open_store(options.home)
 
 
 def _selection(options: argparse.Namespace) -> Selection:
@@ -299,6 +311,8 @@ def _parser() -> argparse.ArgumentParser:
 
     home = argparse.ArgumentParser(add_help=False)
     home.add_argument("--home", help="folder of all state (default: $RLHF_HOME, else .rlhf)")
+    store = argparse.ArgumentParser(add_help=False)
+    store.add_argument("--store", metavar="URL", help="store that machines share (default: $RLHF_STORE, else none)")
     as_json = argparse.ArgumentParser(add_help=False)
     as_json.add_argument("--json", action="store_true", help="print JSON, for a program to read")
     source = argparse.ArgumentParser(add_help=False)
@@ -319,9 +333,9 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(command=function)
         return command
 
-    add("run", _run, "Run the pipeline; stages that are up to date come from the cache.", source, select, as_json)
-    add("plan", _plan, "Show which stages are cached, which would run, and why.", source, select, as_json)
-    sweep = add("sweep", _sweep, "Run the pipeline for every combination of some values.", source, as_json)
+    add("run", _run, "Run the pipeline; what is up to date comes from the cache.", source, select, store, as_json)
+    add("plan", _plan, "Show which stages are cached, which would run, and why.", source, select, store, as_json)
+    sweep = add("sweep", _sweep, "Run the pipeline for every combination of some values.", source, store, as_json)
     sweep.add_argument(
         "--over",
         action="append",
@@ -333,11 +347,11 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--ray", action="store_true", help="on a Ray cluster that sees the same home folder")
     add("presets", _presets, "List the presets.", as_json)
     add("show", _show, "Print the whole configuration of a preset or file.", source, as_json)
-    add("validate", _validate, "Check a configuration and every row of the data that it names.", source)
-    generate.add_arguments(add("generate", generate.generate, generate.ABOUT, as_json))
+    add("validate", _validate, "Check a configuration and every row of the data that it names.", source, store)
+    generate.add_arguments(add("generate", generate.generate, generate.ABOUT, store, as_json))
     runs = add("runs", _runs, "List the runs on this machine.", as_json)
     runs.add_argument("--last", type=int, default=20, help="how many (default: 20)")
-    up.add_arguments(add("up", up.up, up.ABOUT))
+    up.add_arguments(add("up", up.up, up.ABOUT, store))
     deploy = add("deploy", _deploy, "Put deployments on the Prefect server of PREFECT_API_URL.", source)
     deploy.add_argument("--cron", help="when to look for something new and retrain, such as '0 3 * * *'")
     deploy.add_argument("--timezone", default="UTC", help="time zone of --cron (default: UTC)")
@@ -349,6 +363,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = cache.add_subparsers(required=True, metavar="VERB")
     add("ls", _cache_ls, "List the artifacts.", as_json, to=verbs)
     add("verify", _cache_verify, "Hash every file of every artifact.", to=verbs)
+    add("send", _cache_send, "Send the shared store every artifact that it lacks.", store, to=verbs)
     gc = add("gc", _cache_gc, "Delete artifacts that the last runs of each pipeline did not use.", to=verbs)
     gc.add_argument("--keep", type=int, default=5, help="runs of each pipeline to keep (default: 5)")
     gc.add_argument("--dry-run", action="store_true", help="only say what would be deleted")

@@ -15,12 +15,11 @@ from rich.console import Console
 
 from flows.summary import print_table
 from rlhf import policies
-from rlhf.artifacts import Store
 from rlhf.config import PipelineConfig, Resources
 from rlhf.errors import ConfigError, DataError
-from rlhf.locations import home_directory
 from rlhf.policies import Place, Trained
 from rlhf.settings import load
+from rlhf.stores import open_store
 
 if TYPE_CHECKING:
     from rlhf.generate import Response, Sampling
@@ -77,7 +76,7 @@ def generate(options: argparse.Namespace, console: Console) -> None:
 
 def _sources(options: argparse.Namespace) -> tuple[PipelineConfig | None, Trained]:
     """The configuration, unless directories of models are named; and the models."""
-    store = Store(home_directory(options.home))
+    store = open_store(options.home)
     directories = [name for name in options.source if (Path(name) / "config.json").is_file()]
     pipeline_options = options.run or options.size or options.set or options.template
     if directories:

@@ -19,11 +19,11 @@ from flows.display import PlainDisplay
 from rlhf.artifacts import Store
 from rlhf.config import PipelineConfig
 from rlhf.disk import named_if_full
-from rlhf.locations import home_directory
 from rlhf.plan import Planner, Selection
 from rlhf.runs import RunRecord
 from rlhf.settings import load, presets
 from rlhf.stages import StageName
+from rlhf.stores import open_store
 from tasks import prefect_ui, tracking
 from tasks.journal import RunJournal
 from tasks.mlflow_server import tracking_uri
@@ -116,15 +116,16 @@ def run_pipeline(config: PipelineConfig, selection: Selection, *, dry_run: bool 
 
     Raises:
         InputError: the selection, the configuration or the data is wrong; nothing is recorded then.
-        StorageError: the disk is full.
+        StorageError: the disk is full, or the shared store cannot be read or written.
         RlhfError: a stage failed.
     """
-    store = Store(home_directory())
+    store = open_store()
     with named_if_full(store.home), flow_run_alive(store.home):
         plans = Planner(config, store, selection).plan()  # what cannot be done is refused before anything is recorded
         if dry_run:
             prefect_ui.show_plan(plans)
             return {"run_id": None, "stages": {p.stage: {"action": p.action, "why": list(p.reasons)} for p in plans}}
+        store.send_unsent()
         return _run(config, store, selection)
 
 

@@ -10,11 +10,10 @@ from prefect.states import Completed
 from flows.cancelling import cancellable
 from flows.pipeline import run_pipeline
 from rlhf import champion
-from rlhf.artifacts import Store
 from rlhf.champion import Contender
 from rlhf.config import PipelineConfig
-from rlhf.locations import home_directory
 from rlhf.plan import Planner, Selection
+from rlhf.stores import open_store
 from tasks import prefect_ui
 
 NOTHING_NEW, PROMOTED, REFUSED = "Nothing new", "Promoted", "Refused"
@@ -31,7 +30,7 @@ def retrain(config: PipelineConfig) -> State[dict[str, Any]]:
     Returns:
         A state named "Nothing new", "Promoted" or "Refused", whose message says why.
     """
-    store = Store(home_directory())
+    store = open_store()
     holder = champion.read(store.home, "champions", config.name)
     last = champion.read(store.home, "candidates", config.name) or holder
     plans = Planner(config, store).plan()

@@ -14,12 +14,11 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 from pydantic import Field
 
 from flows.pipeline import pipeline
-from rlhf.artifacts import Store
 from rlhf.config import PipelineConfig
 from rlhf.errors import ConfigError, RlhfError
-from rlhf.locations import home_directory
 from rlhf.plan import Planner
 from rlhf.settings import load
+from rlhf.stores import open_store
 from rlhf.yaml12 import read_mapping, write_value
 from tasks.lifetime import end_with
 from tasks.prefect_server import flow_run_alive
@@ -81,7 +80,7 @@ def sweep(
         InputError: a setting is wrong; no run is started then.
         RlhfError: runs failed; the message names them. The others came to their end.
     """
-    store = Store(home_directory())
+    store = open_store()
     chosen: dict[str, tuple[tuple[str, ...], PipelineConfig]] = {}
     for number, settings in enumerate(combinations(over), start=1):
         config = load(source, size=size or None, overrides=[*overrides, *settings])

@@ -28,6 +28,7 @@ from flows.server import configure
 from rlhf.errors import ConfigError
 from rlhf.locations import home_directory
 from rlhf.locks import try_lock, unlock
+from rlhf.stores import open_store
 from tasks.mlflow_server import default_uri
 
 ABOUT = "Start Prefect, MLflow, the deployments and a worker on this machine; Ctrl-C ends all of it."
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def up(options: argparse.Namespace, console: Console) -> int:
     """Run the command; the exit code."""
     home = home_directory(options.home)
+    open_store(options.home)  # a shared store that cannot be used is said now, and not by every run
     home.mkdir(parents=True, exist_ok=True)
     lock = try_lock(home / LOCK)
     if lock is None:

@@ -3,7 +3,7 @@
 An artifact is written elsewhere and published by one rename, so that it is there whole or not at all. Opening it
 verifies it: a file whose size differs is damaged; one whose modification time differs is hashed again. A copy of each
 manifest stays in the ledger (``<home>/ledger``) when the artifact goes: it explains why a stage runs again and
-predicts what it will give.
+predicts what it will give. ``rlhf.stores`` puts a store that machines share behind it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf.errors import ArtifactError
 from rlhf.hashing import MANIFEST, files_of, sha256_file
@@ -62,15 +62,19 @@ def digest_of(files: Mapping[str, Mapping[str, Any]]) -> str:
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
+def parts_of(files: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The digest of each top-level file or folder; the journal has none."""
+    tops = sorted({name.split("/")[0] for name in files if name != JOURNAL})
+    return {top: digest_of({n: f for n, f in files.items() if n.split("/")[0] == top}) for top in tops}
+
+
 def make_manifest(directory: Path, **about: Any) -> Manifest:
     """Describe a finished directory; ``about`` gives the fields that are not read off the files."""
     files = {
         name: {"size": path.stat().st_size, "sha256": sha256_file(path), "mtime_ns": path.stat().st_mtime_ns}
         for name, path in files_of(directory).items()
     }
-    tops = sorted({name.split("/")[0] for name in files if name != JOURNAL})
-    parts = {top: digest_of({n: f for n, f in files.items() if n.split("/")[0] == top}) for top in tops}
-    return Manifest(digest=digest_of(files), parts=parts, files=files, **about)
+    return Manifest(digest=digest_of(files), parts=parts_of(files), files=files, **about)
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -80,13 +84,22 @@ def read_manifest(path: Path) -> Manifest:
         ArtifactError: it is missing, not JSON, or not of this format.
     """
     try:
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
+        content = path.read_bytes()
     except FileNotFoundError:
         raise ArtifactError(f"missing: {path}") from None
-    except (OSError, ValueError, TypeError) as error:
+    except OSError as error:
         raise ArtifactError(f"unreadable: {path}: {error}") from None
+    return parse_manifest(content, str(path))
+
+
+def parse_manifest(content: bytes, where: str) -> Manifest:
+    """Read a manifest from the bytes of a file; ``where`` is what an error calls it. Raises ArtifactError."""
+    try:
+        manifest = Manifest(**json.loads(content))
+    except (ValueError, TypeError) as error:
+        raise ArtifactError(f"unreadable: {where}: {error}") from None
     if manifest.format != FORMAT:
-        raise ArtifactError(f"{path} has format {manifest.format}; this version reads format {FORMAT}")
+        raise ArtifactError(f"{where} has format {manifest.format}; this version reads format {FORMAT}")
     return manifest
 
 
@@ -118,6 +131,13 @@ def verify(directory: Path, *, thorough: bool = False) -> Manifest:
     return manifest
 
 
+class Found(NamedTuple):
+    """An artifact that need not be computed; ``place`` says where it has to be fetched from, empty if it is here."""
+
+    manifest: Manifest
+    place: str = ""
+
+
 class Store:
     """All artifacts below one home folder."""
 
@@ -147,6 +167,10 @@ class Store:
             raise ArtifactError(f"corrupt: {MANIFEST} has changed")
         return manifest
 
+    def find(self, stage: str, key: str) -> Found:
+        """What an artifact is, without fetching it. Raises ArtifactError if it has to be computed."""
+        return Found(self.open(stage, key))
+
     def publish(self, out: Path, manifest: Manifest) -> Path:
         """Move a finished directory into the store by one rename; what was there goes to the trash first."""
         target = self.path(manifest.stage, manifest.key)
@@ -160,6 +184,16 @@ class Store:
         _write_json(self._ledger_path(manifest.stage, manifest.key), asdict(manifest))
         shutil.rmtree(trash, ignore_errors=True)
         return target
+
+    def send(self, stage: str, key: str) -> None:
+        """Give an artifact to the other machines, if there is a store for that; nothing here."""
+
+    def send_unsent(self) -> None:
+        """Give the others what an earlier run could not; nothing here."""
+
+    def unsent(self) -> list[tuple[str, str]]:
+        """The stages and keys of artifacts that the other machines have yet to get."""
+        return sorted((path.parent.name, path.name) for path in (self.home / "unsent").glob("*/*"))
 
     def remembered(self, stage: str, key: str) -> Manifest | None:
         """The manifest that this key had when it was computed, also if the artifact is gone since."""
@@ -196,11 +230,11 @@ class Store:
         return path.stat().st_mtime if path.exists() else 0.0
 
     def collect_garbage(self, keep: Iterable[tuple[str, str]], *, dry_run: bool = False) -> list[tuple[Path, int]]:
-        """Delete artifacts and abandoned work that no kept (stage, key) names; what is being computed stays.
+        """Delete artifacts and abandoned work that no kept (stage, key) names; what is being computed or sent stays.
 
         Returns the deleted directories with their sizes in bytes. The ledger keeps their manifests.
         """
-        kept = {place for pair in keep for place in (self.path(*pair), self.work_directory(*pair))}
+        kept = {place for pair in (*keep, *self.unsent()) for place in (self.path(*pair), self.work_directory(*pair))}
         candidates = [*self.artifacts(), *(self.home / "work").glob("*"), *(self.home / "trash").glob("*")]
         deleted = []
         for path in candidates:

@@ -32,7 +32,7 @@ def check_room(folder: Path, wanted: int, what: str) -> None:
 
     Args:
         wanted: bytes, those included that lie there already from an earlier attempt.
-        what: who wants them, for the error.
+        what: what needs them, as the beginning of the error.
 
     Raises:
         StorageError: there is not.
@@ -41,8 +41,8 @@ def check_room(folder: Path, wanted: int, what: str) -> None:
     free = shutil.disk_usage(folder).free
     if wanted - there > free:
         raise StorageError(
-            f"{what} needs {size(wanted - there)} ({wanted - there} bytes) for its checkpoints and models in {folder}, "
-            f"where only {size(free)} are free; make room (`rlhf cache gc`), or take another disk (--home, RLHF_HOME)"
+            f"{what} needs {size(wanted - there)} ({wanted - there} bytes) in {folder}, where only {size(free)} are "
+            "free; make room (`rlhf cache gc`), or take another disk (--home, RLHF_HOME)"
         )
 
 

@@ -41,7 +41,7 @@ class ArtifactError(RlhfError, OSError):
 
 
 class StorageError(RlhfError, OSError):
-    """A disk is full, or a shared store cannot be reached or used."""
+    """A disk is full, or the shared store cannot be read or written."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message)

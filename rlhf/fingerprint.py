@@ -26,7 +26,8 @@ WITHOUT_NUMBERS = frozenset(
     for name in (
         "", "artifacts", "checkpoints", "config", "context", "data", "data.problems", "data.settings", "disk", "errors",
         "explain", "fingerprint", "hashing", "headlines", "hub", "labels", "locations", "locks", "plan", "ppo",
-        "ppo.settings", "resources", "runs", "schema", "settings", "stages", "stopping", "tracker",
+        "ppo.settings", "resources", "retry", "runs", "schema", "settings", "shared_store", "stages", "stopping",
+        "stores", "tracker",
     )
 )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Where things lie: the home folder of a pipeline's state, and the embedded demo data."""
+"""Where things lie: the home folder of a pipeline's state, the shared store, and the embedded demo data."""
 
 from __future__ import annotations
 
@@ -6,14 +6,38 @@ import os
 from difflib import get_close_matches
 from pathlib import Path
 
-from rlhf.errors import DataError
+from rlhf.errors import ConfigError, DataError
 
 DEMO_PREFIX, HUB_PREFIX = "demo:", "hub:"
+STORE_VARIABLE = "RLHF_STORE"
 
 
 def home_directory(given: str | None = None) -> Path:
     """The folder of all state (artifacts, runs, databases): ``given``, else ``RLHF_HOME``, else ``./.rlhf``."""
     return Path(given or os.environ.get("RLHF_HOME") or ".rlhf").expanduser().resolve()
+
+
+def shared_store_url() -> str | None:
+    """The URL of the store that machines share, ``RLHF_STORE``, without a slash at its end; None if there is none.
+
+    Raises:
+        ConfigError: it is no URL, or it holds what nobody should see. The message does not repeat that.
+    """
+    url = os.environ.get(STORE_VARIABLE, "").strip().rstrip("/")
+    if not url:
+        return None
+    protocol, separator, place = url.partition("://")
+    if ":" in place.rpartition("@")[0] or "?" in place:
+        raise ConfigError(
+            f"--store ({STORE_VARIABLE}) {protocol}://...: holds a password or options, which others could read; the "
+            "driver takes them from its environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+        )
+    if not separator or not protocol or not place or "::" in url:
+        raise ConfigError(
+            f"--store ({STORE_VARIABLE}) {url!r} is not a URL of a folder, such as s3://bucket/prefix, "
+            "gs://bucket/prefix or file:///mnt/rlhf"
+        )
+    return url
 
 
 def demo_data_directory() -> Path:

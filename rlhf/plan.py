@@ -25,6 +25,7 @@ from rlhf.data.settings import KINDS
 from rlhf.data.sources import Source, sources
 from rlhf.errors import ArtifactError, ConfigError, NotCachedError
 from rlhf.fingerprint import PACKAGE, ROOT, code_fingerprint, function_file, import_closure
+from rlhf.headlines import size
 from rlhf.locations import named_by_argument
 from rlhf.rewards.registry import find, is_builtin
 from rlhf.schema import FunctionSpec, Section
@@ -94,6 +95,7 @@ class StagePlan:
     key: str | None = None
     manifest: Manifest | None = None  # of the cached artifact; or what a computation is expected to give
     ingredients: Mapping[str, Any] = field(default_factory=dict)
+    place: str = ""  # where the cached artifact has to be fetched from; empty if it is here
 
 
 class Planner:
@@ -144,7 +146,9 @@ class Planner:
         if self.selection.computes(stage, self.config):
             return StagePlan(stage, "run", ("asked for",), key, expected, ingredients)
         try:
-            return StagePlan(stage, "cached", (), key, self.store.open(stage, key), ingredients)
+            found = self.store.find(stage, key)
+            fetch = (f"{size(found.manifest.size)} to fetch from {found.place}",) if found.place else ()
+            return StagePlan(stage, "cached", fetch, key, found.manifest, ingredients, found.place)
         except ArtifactError as error:
             # Without a record of this key, the pipeline never had it; with one, its artifact went or was damaged.
             reasons = (f"artifact {error}",) if expected else tuple(self._why(stage, ingredients))

@@ -48,20 +48,26 @@ def of_pipeline(config: PipelineConfig, store: Store) -> Trained:
     Raises:
         NotCachedError: there is no policy at all.
         InputError: a file or module that the configuration names is missing.
+        StorageError: the shared store cannot be read.
     """
     found, notes = {}, []
     for plan in Planner(config, store).plan():
-        if _has_model(plan.stage, config):
-            if plan.action == "cached":
+        if not _has_model(plan.stage, config):
+            continue
+        why = "; ".join(plan.reasons)
+        if plan.action == "cached":
+            try:
+                store.open(plan.stage, str(plan.key))
                 found[plan.stage] = store.path(plan.stage, str(plan.key))
-            else:
-                last = _last(plan, config, store)
-                why = "; ".join(plan.reasons)
-                if last is not None:
-                    found[plan.stage] = last
-                    notes.append(f"{plan.stage}: not up to date ({why}); this is the one of an earlier run")
-                else:
-                    notes.append(f"{plan.stage}: missing ({why}); `rlhf run --until {plan.stage}` makes it")
+                continue
+            except ArtifactError as error:  # it was to be fetched from the shared store, and came damaged
+                why = f"artifact {error}"
+        last = _last(plan, config, store)
+        if last is not None:
+            found[plan.stage] = last
+            notes.append(f"{plan.stage}: not up to date ({why}); this is the one of an earlier run")
+        else:
+            notes.append(f"{plan.stage}: missing ({why}); `rlhf run --until {plan.stage}` makes it")
     return _trained(config, found, notes)
 
 

@@ -330,7 +330,8 @@ def _check_room(model: torch.nn.Module, context: Context) -> None:
     """A checkpoint has all weights of a model, or its adapters."""
     learning, every = trainable_parameters(model), bytes_of(model.parameters())
     saved = bytes_of(p for p in model.parameters() if p.requires_grad) if context.config.model.lora_rank else every
-    disk.check_room(context.checkpoints, disk.training_bytes(saved, learning, every), context.stage)
+    wanted = disk.training_bytes(saved, learning, every)
+    disk.check_room(context.checkpoints, wanted, f"{context.stage}, with its checkpoints,")
 
 
 @contextmanager

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import os
-import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from itertools import count
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
 
 from rlhf.locks import is_locked, lock, unlock
+from rlhf.retry import retry
 
 NEW_SECONDS = 5.0  # a lock of this age is held by now, if its process lives
 LIFE = "flow-run-"  # of the names of the locks that say that a flow run lives
 PATIENCE_SECONDS = 300.0  # with a server that is away
-LONGEST_PAUSE_SECONDS = 15.0
 T = TypeVar("T")
-_jitter = random.SystemRandom()  # of its own: a training's random numbers stay what they are
 PRIVATE = "RLHF_PRIVATE_PREFECT"  # set by a run whose Prefect API ends with it, and has no UI and no scheduler
 
 
@@ -32,23 +29,14 @@ def patiently(call: Callable[[], T]) -> T:
     """What a call of Prefect's API gives; again and again while the server is away, as when it is started again.
 
     Prefect's clients do so for what is busy, but for a server that does not listen only where they have met it before.
-    The pauses grow to ``LONGEST_PAUSE_SECONDS``, and are of random length, for all runs are waiting at once.
 
     Raises:
         Exception: the error of the last call: one that will not pass, or after ``PATIENCE_SECONDS``.
     """
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    for attempt in count():
-        try:
-            return call()
-        except Exception as error:
-            if not is_away(error) or time.monotonic() >= deadline:
-                raise
-        time.sleep(min(LONGEST_PAUSE_SECONDS, 2.0 ** min(attempt, 8)) * _jitter.uniform(0.5, 1.0))
-    raise AssertionError
+    return retry(call, passes=is_away, tries=None, within=PATIENCE_SECONDS, sleep=time.sleep)
 
 
-def is_away(error: BaseException) -> bool:
+def is_away(error: Exception) -> bool:
     """Whether an error, or its cause, says that Prefect's server does not answer, or not now."""
     import httpx
 

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from rlhf.artifacts import JOURNAL, Manifest, make_manifest
 from rlhf.context import Context
-from rlhf.errors import ArtifactError
+from rlhf.errors import ArtifactError, NotCachedError
 from rlhf.plan import StagePlan
 from rlhf.stages import STAGES, stage_inputs
 from rlhf.tracker import JournalTracker
@@ -98,13 +98,22 @@ def _by_itself() -> Iterator[None]:
 def compute(run: Run, stage: str, key: str) -> ArtifactRef:
     """Compute a stage and publish its artifact; the caller holds the lock of its key.
 
-    An earlier attempt's checkpoints are found again. Nothing is published unless the stage returns.
+    An earlier attempt's checkpoints are found again. Nothing is published unless the stage returns. If it cannot be
+    sent to the shared store, the run fails, and the next one sends it.
+
+    Raises:
+        NotCachedError: the selection wants the stage from the cache, and its artifact cannot be opened.
+        StorageError: the shared store cannot be read or written.
     """
     if not run.selection.computes(stage, run.config):
-        try:  # computed before, but Prefect's record of it is gone
+        try:  # computed before, but Prefect's record of it is gone or on another machine
             return _reference(run.store.open(stage, key))
-        except ArtifactError:
-            pass
+        except ArtifactError as error:
+            if run.selection.must_be_cached(stage):  # and the plan found it: what the shared store has is damaged
+                raise NotCachedError(
+                    f"{stage} must come from the cache, but it cannot be opened ({error}); run it first: "
+                    f"rlhf run --until {stage}"
+                ) from None
     run.computed.add(stage)
     work = run.store.work_directory(stage, key)
     out = work / "out"
@@ -145,6 +154,7 @@ def compute(run: Run, stage: str, key: str) -> ArtifactRef:
     )
     run.store.publish(out, manifest)
     shutil.rmtree(work)
+    run.store.send(stage, key)
     return _reference(manifest)
 
 

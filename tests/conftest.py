@@ -35,8 +35,9 @@ importlib.import_module("prefect.main")
 
 @pytest.fixture(autouse=True)
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every test has a home folder of its own."""
+    """Every test has a home folder of its own, and no shared store."""
     monkeypatch.setenv("RLHF_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RLHF_STORE", "")
 
 
 @pytest.fixture(scope="session")

@@ -96,7 +96,7 @@ def check_disk(trainer: Trainer) -> None:
     best = 2 * training.trainable_parameters(trainer.policy) * 4 if trainer.settings.eval_every else 0
     state = weights + learning * disk.MOMENTS_BYTES
     result = sum(training.bytes_of(model.parameters()) for model in both) + state + best
-    disk.check_room(trainer.checkpoints, disk.training_bytes(weights, learning, result), "ppo")
+    disk.check_room(trainer.checkpoints, disk.training_bytes(weights, learning, result), "ppo, with its checkpoints,")
 
 
 def save(trainer: Trainer, out: Path) -> None:

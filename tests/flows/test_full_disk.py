@@ -73,5 +73,5 @@ def test_a_training_that_has_no_room_is_refused_before_it_begins(tmp_path: Path,
     good(tmp_path)
     done = run(tmp_path, small_disk / "home", "model.width=512", "model.layers=4", "ppo.rewards={brevity: 1.0}")
     assert done.returncode == 1
-    assert "StorageError: sft needs" in done.stderr
+    assert "StorageError: sft, with its checkpoints, needs" in done.stderr
     assert f"in {small_disk / 'home'}" in done.stderr

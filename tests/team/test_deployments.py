@@ -33,8 +33,8 @@ def pools(up: Up) -> Iterator[None]:
         up.api("DELETE", f"work_pools/{name}")
 
 
-def deploy(up: Up, home: Path) -> dict[str, dict[str, Any]]:
-    """Deploy all; what is on the server then."""
+def deploy(up: Up, home: Path, **more: str) -> dict[str, dict[str, Any]]:
+    """Deploy all, with more in the environment; what is on the server then."""
     done = subprocess.run(
         [
             *(Path(sys.executable).parent / "prefect", "--no-prompt"),
@@ -47,6 +47,7 @@ def deploy(up: Up, home: Path) -> dict[str, dict[str, Any]]:
             "HOME": str(home),
             "PATH": os.environ["PATH"],
             "PYTHONPATH": str(ROOT),
+            **more,
         },
         capture_output=True,
         text=True,
@@ -60,16 +61,18 @@ def test_prefect_yaml(up: Up, pools: None, tmp_path: Path) -> None:
     for row in up.api("POST", "automations/filter"):  # of rlhf up: the file makes them, too
         up.api("DELETE", f"automations/{row['id']}")
     first = deploy(up, tmp_path)
-    again = deploy(up, tmp_path)
+    again = deploy(up, tmp_path, RLHF_STORE="s3://models/team")
     assert {name: one["id"] for name, one in again.items()} == {name: one["id"] for name, one in first.items()}
     for name, one in again.items():
         assert one["entrypoint"].startswith("flows.")
         assert one["pull_steps"] in ([], None), name  # the code is in the image
+    assert first[NAMES[0]]["job_variables"]["env"]["RLHF_STORE"] == ""  # which is the same as none
     docker, kubernetes, nightly = (again[name] for name in NAMES)
     assert (docker["work_pool_name"], docker["job_variables"]["volumes"]) == (POOLS[0], ["rlhf-state:/state"])
     assert docker["job_variables"]["env"] == {
         **ENVIRONMENT,
         "RLHF_HOME": "/state",
+        "RLHF_STORE": "s3://models/team",
         "MLFLOW_TRACKING_URI": "http://mlflow.example.org:5000",
         "MLFLOW_TRACKING_USERNAME": "somebody",
     }
