@@ -1,9 +1,9 @@
 """What a run costs beside its stages: `rlhf up` computes the demo at smoke size, and runs it again from the cache.
 
-    python -m tests.bench.overhead [RUNS]
+    python -m tests.bench.overhead [RUNS [KIND ...]]
 
-Prints JSON, medians in seconds. `up to date` is a run of which every stage comes from the cache, `computed` one with a
-seed of its own, of which none does; each through the worker, and `computed` by `rlhf run`, too.
+Prints JSON, medians in seconds. Kinds: `cached` is a run through the worker of which every stage comes from the cache,
+`computed` one with a seed of its own, of which none does, and `command` the latter by `rlhf run`; default: all.
 
 - submission: from the request until the worker takes the run; it looks for some every 2 s
 - start: from then until the flow runs: a new process, which imports Prefect and the flow
@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Collection
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,7 @@ from rlhf.runs import read_runs
 from tests.team.conftest import Up, started
 
 SETTINGS = ("resources.threads=1",)
+KINDS = ("cached", "computed", "command")
 
 
 def by_worker(up: Up, seed: int) -> dict[str, float]:
@@ -80,18 +82,21 @@ def medians(rows: list[dict[str, float]]) -> dict[str, Any]:
     return {"median": middle, "each": [{name: round(value, 2) for name, value in row.items()} for row in rows]}
 
 
-def main(runs: int) -> None:
-    """Measure, alternately, and print."""
-    found: dict[str, list[dict[str, float]]] = {"up to date": [], "computed": [], "computed by rlhf run": []}
+def main(runs: int, kinds: Collection[str]) -> None:
+    """Measure, and print."""
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory() as folder:
-        with started(Path(folder) / "team") as up:
-            by_worker(up, 0)  # the first one of a server also fills its caches
-            for seed in range(1, runs + 1):
-                found["computed"].append(by_worker(up, seed))
-                found["up to date"].append(by_worker(up, seed))
-        by_command(Path(folder) / "alone", 0)
-        for seed in range(1, runs + 1):
-            found["computed by rlhf run"].append(by_command(Path(folder) / "alone", seed))
+        if {*kinds} & {"cached", "computed"}:
+            with started(Path(folder) / "team") as up:
+                by_worker(up, 0)  # the first one of a server makes more than the others do
+                for seed in range(1, runs + 1):
+                    if "computed" in kinds:
+                        found["computed"].append(by_worker(up, seed))
+                    if "cached" in kinds:
+                        found["cached"].append(by_worker(up, seed if "computed" in kinds else 0))
+        for seed in range(runs + 1 if "command" in kinds else 0):
+            row = by_command(Path(folder) / "alone", seed)
+            found["command"] += [row] if seed else []
     print(json.dumps({
         **{name: medians(rows) for name, rows in found.items()},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
@@ -100,4 +105,4 @@ def main(runs: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 5, sys.argv[2:] or KINDS)

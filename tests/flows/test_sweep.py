@@ -68,7 +68,7 @@ def test_combinations() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)  # eight processes import torch at once
 def test_eight_runs_compute_what_they_share_once(tmp_path: Path) -> None:
     good(tmp_path)
     done = sweep(tmp_path, "--over", f"ppo.kl_coef={KL_COEFS}", "--runs", "8")
