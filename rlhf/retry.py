@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 TRIES = 5
 WITHIN_SECONDS = 60.0
-BASE_SECONDS, LONGEST_SECONDS = 2.0, 16.0
+FIRST_SECONDS, LONGEST_SECONDS = 2.0, 16.0
 PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 PASSING_CODES = frozenset({"RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "OperationAborted"})
 PASSING_ERRNO = frozenset({
@@ -42,6 +42,7 @@ def retry(
     passes: Callable[[Exception], bool] | None = None,
     tries: int | None = TRIES,
     within: float = WITHIN_SECONDS,
+    first: float = FIRST_SECONDS,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], object] = time.sleep,
     jitter: Callable[[float, float], float] = _jitter.uniform,
@@ -56,6 +57,7 @@ def retry(
         passes: whether it is worth trying again after an error (default: :func:`may_pass`).
         tries: most calls; None for as many as there is time for.
         within: seconds after which no further call begins.
+        first: the first pause in seconds, before it is made random.
         clock: seconds.
         sleep: waits for some seconds.
         jitter: a random number between two.
@@ -68,7 +70,7 @@ def retry(
         try:
             return attempt()
         except Exception as error:
-            pause = min(BASE_SECONDS ** min(number, 8), LONGEST_SECONDS) * jitter(0.5, 1.5)
+            pause = min(first * 2.0 ** min(number - 1, 20), LONGEST_SECONDS) * jitter(0.5, 1.5)
             last = number == tries or clock() + pause - began > within
             if last or not (passes or may_pass)(error):
                 raise

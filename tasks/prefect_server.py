@@ -16,6 +16,7 @@ from rlhf.retry import retry
 NEW_SECONDS = 5.0  # a lock of this age is held by now, if its process lives
 LIFE = "flow-run-"  # of the names of the locks that say that a flow run lives
 PATIENCE_SECONDS = 300.0  # with a server that is away
+FIRST_SECONDS = 0.1  # before it is asked again for the first time
 T = TypeVar("T")
 PRIVATE = "RLHF_PRIVATE_PREFECT"  # set by a run whose Prefect API ends with it, and has no UI and no scheduler
 
@@ -26,14 +27,21 @@ def is_private() -> bool:
 
 
 def patiently(call: Callable[[], T]) -> T:
-    """What a call of Prefect's API gives; again and again while the server is away, as when it is started again.
+    """What a call of Prefect's API gives; again and again while the server is away or busy.
 
-    Prefect's clients do so for what is busy, but for a server that does not listen only where they have met it before.
+    Prefect's clients come back to a server that is busy after 2 seconds, which every other stage would pay on SQLite
+    (``database is locked``); and to one that does not listen, as while it is started again, only if they have met it.
 
     Raises:
         Exception: the error of the last call: one that will not pass, or after ``PATIENCE_SECONDS``.
     """
-    return retry(call, passes=is_away, tries=None, within=PATIENCE_SECONDS, sleep=time.sleep)
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    def once() -> T:
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+            return call()
+
+    return retry(once, passes=is_away, tries=None, within=PATIENCE_SECONDS, first=FIRST_SECONDS, sleep=time.sleep)
 
 
 def is_away(error: Exception) -> bool:

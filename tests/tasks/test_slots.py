@@ -42,7 +42,7 @@ def test_what_can_pass_is_tried_again(error: Exception, pauses: list[float]) -> 
 
     assert patiently(call) == "done"
     assert len(pauses) == 8
-    usual = [min(LONGEST_SECONDS, 2.0**i) for i in range(1, 9)]
+    usual = [min(LONGEST_SECONDS, prefect_server.FIRST_SECONDS * 2.0**i) for i in range(8)]
     assert all(limit / 2 <= pause <= limit * 1.5 for pause, limit in zip(pauses, usual, strict=True))
     assert len(set(pauses)) == 8  # of random length
 
