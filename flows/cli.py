@@ -97,9 +97,7 @@ def _execute(config: PipelineConfig, selection: Selection, store: Store, console
     from flows.display import make_display
 
     server = _server(store)
-    from prefect import tags
-
-    from flows.heartbeats import TAG
+    from flows.heartbeats import looked_after
     from flows.pipeline import NONE, pipeline, watcher
 
     if server is not None:
@@ -107,7 +105,7 @@ def _execute(config: PipelineConfig, selection: Selection, store: Store, console
     display = make_display(console)
     token = watcher.set(display)
     try:
-        with tags(TAG):
+        with looked_after():
             pipeline(
                 config,
                 only=selection.only or NONE,
@@ -133,13 +131,11 @@ def _sweep(options: argparse.Namespace, console: Console) -> None:
     _config(options)
     if server := _server(_store(options)):
         server.wait()
-    from prefect import tags
-
-    from flows.heartbeats import TAG
+    from flows.heartbeats import looked_after
     from flows.sweep import sweep
 
     where: Literal["ray", "processes"] = "ray" if options.ray else "processes"
-    with tags(TAG):
+    with looked_after():
         done = sweep(options.source, options.size or "", options.set or [], options.over, options.runs, where)
     if options.json:
         print(json.dumps(done, indent=1))

@@ -8,8 +8,11 @@ On the machine of the home folder ``flows.reaper`` knows at once.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+
+from tasks.prefect_server import is_private
 
 if TYPE_CHECKING:
     from prefect.events.schemas.automations import AutomationCore
@@ -58,6 +61,16 @@ def look_after_runs(dead_seconds: float = DEAD_SECONDS) -> dict[str, str]:
             if first.model_dump(exclude={"id"}) != wanted.model_dump():
                 client.update_automation(first.id, wanted)
     return ids
+
+
+def looked_after() -> AbstractContextManager[Any]:
+    """Flows that are called in here are among the runs that are looked after; none is where no other looks.
+
+    Nothing is tagged in vain: Prefect asks the server for limits of a tag before and after every task.
+    """
+    from prefect import tags
+
+    return nullcontext() if is_private() else tags(TAG)
 
 
 def _lost(dead_seconds: float) -> AutomationCore:
