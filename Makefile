@@ -18,9 +18,9 @@ test: .venv/installed
 team: .venv/installed
 	$(TEST_ENV) $(BIN)/pytest tests/team
 
-# Each fault at three random moments; docs/reliability.md has the table.
+# Each fault at three random moments; docs/reliability.md has the table, and says how to make it.
 faults: .venv/installed
-	$(TEST_ENV) $(BIN)/pytest tests/faults
+	$(TEST_ENV) $(BIN)/pytest -n 2 --dist worksteal tests/faults
 
 check: lint types test team
 
