@@ -58,7 +58,7 @@ def named_if_full(folder: Path) -> Iterator[None]:
     except StorageError:
         raise
     except Exception as error:
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(folder).free if folder.exists() else FULL_BYTES
         if free >= FULL_BYTES and not _says_full(error):
             raise
         raise StorageError(

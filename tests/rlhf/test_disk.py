@@ -88,6 +88,11 @@ def test_a_full_disk_has_one_name(error: Exception, left: int, named: bool, tmp_
     assert str(error) in str(raised.value)
 
 
+def test_an_error_before_there_is_a_folder_is_what_it_is(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError, match="not yours"), disk.named_if_full(tmp_path / "home"):
+        raise PermissionError("not yours")
+
+
 def test_an_error_that_came_of_a_full_disk(tmp_path: Path, free: Any) -> None:
     free(10**9)
     with pytest.raises(StorageError), disk.named_if_full(tmp_path):  # noqa: PT012
