@@ -28,7 +28,7 @@ def training_bytes(checkpoint: int, learning: int, result: int) -> int:
 
 
 def check_room(folder: Path, wanted: int, what: str) -> None:
-    """See that there is room for what is to be written below a folder that exists.
+    """See that there is room for what is to be written below a folder, which may be yet to be made.
 
     Args:
         wanted: bytes, those included that lie there already from an earlier attempt.
@@ -38,7 +38,7 @@ def check_room(folder: Path, wanted: int, what: str) -> None:
         StorageError: there is not.
     """
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     if wanted - there > free:
         raise StorageError(
             f"{what} needs {size(wanted - there)} ({wanted - there} bytes) in {folder}, where only {size(free)} are "

@@ -30,6 +30,7 @@ def test_what_lies_there_already_is_not_wanted_again(tmp_path: Path, free: Any) 
     (tmp_path / "checkpoint-1" / "model").write_bytes(b"x" * 600)
     free(400)
     disk.check_room(tmp_path, 1000, "sft")
+    disk.check_room(tmp_path / "new" / "folder", 400, "sft")
     with pytest.raises(StorageError, match=rf"sft needs 401 B \(401 bytes\) in {tmp_path}, where only 400 B are free"):
         disk.check_room(tmp_path, 1001, "sft")
 

@@ -278,6 +278,7 @@ def test_four_processes_have_a_quarter_each(
 def test_each_process_drops_out_other_activations(index: int, toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     class Trainer:
         seed = 0
+        model = torch.nn.Linear(1, 1)
 
         def remove_callback(self, callback: Any) -> None: ...
 
