@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import sys
+import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from rlhf.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "rlhf"
+PARSES = 20  # most attempts at one file
 
 # These move, lock, log, check and name; no number of a result comes from them. A test holds this list against what the
 # stages really import, so that a module is either fingerprinted or named here.
@@ -69,7 +71,7 @@ def code_fingerprint(path: Path) -> str:
 
 @cache  # by content, as a run asks for the same files once for each stage, twice
 def _fingerprint(source: bytes) -> str:
-    tree = ast.parse(source)
+    tree = _tree(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
@@ -114,7 +116,7 @@ def function_file(reference: str) -> Path:
 def _imports(package: str, source: bytes) -> tuple[str, ...]:
     """Names of our modules that a module in ``package`` may import, parents included (their ``__init__`` runs too)."""
     names: list[str] = []
-    for node in _running_nodes(ast.parse(source)):
+    for node in _running_nodes(_tree(source)):
         if isinstance(node, ast.Import):
             modules = [alias.name for alias in node.names]
         else:
@@ -128,6 +130,23 @@ def _imports(package: str, source: bytes) -> tuple[str, ...]:
             if parts[0] == PACKAGE:
                 names += (".".join(parts[:length]) for length in range(1, len(parts) + 1))
     return tuple(dict.fromkeys(names))
+
+
+def _tree(source: bytes) -> ast.Module:
+    """The syntax tree of a file.
+
+    Python 3.11 counts the depth of all trees that are being made in one place, and says SystemError when another thread
+    has begun one meanwhile (https://github.com/python/cpython/issues/106905). Prefect's threads do, now and then.
+
+    Raises:
+        SyntaxError: the file is not valid Python.
+    """
+    for _ in range(PARSES - 1):
+        try:
+            return ast.parse(source)
+        except SystemError:
+            time.sleep(0.01)
+    return ast.parse(source)
 
 
 def _running_nodes(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:

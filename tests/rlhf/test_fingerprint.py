@@ -1,5 +1,7 @@
 """What a stage's code fingerprint sees, and what it does not."""
 
+import ast
+import hashlib
 import subprocess
 import sys
 from pathlib import Path
@@ -124,3 +126,24 @@ def test_function_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_function_that_is_not_there(reference: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         function_file(reference)
+
+
+def test_a_tree_that_another_thread_has_disturbed_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Python 3.11 says it, now and then."""
+    (tmp_path / "mine.py").write_text("def reward():\n    return 'of this test alone'\n")
+    expected = hashlib.sha256(
+        ast.dump(ast.parse("def reward():\n    return 'of this test alone'\n")).encode()
+    ).hexdigest()
+    parse, calls = ast.parse, []
+
+    def disturbed(source: bytes) -> ast.Module:
+        calls.append(source)
+        if len(calls) < 4:
+            raise SystemError("AST constructor recursion depth mismatch (before=54, after=93)")
+        return parse(source)
+
+    monkeypatch.setattr(ast, "parse", disturbed)
+    assert code_fingerprint(tmp_path / "mine.py") == expected
+    assert len(calls) == 4
