@@ -42,7 +42,9 @@ class Team:
 
     def start(self) -> None:
         """Start the server; it answers then."""
-        self.process = self.run("server", {**SERVER_ENVIRONMENT}, "server", "start", "--port", str(self._port))
+        leases = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
+        environment = SERVER_ENVIRONMENT | leases  # as rlhf up and compose start it: a slot outlives the server
+        self.process = self.run("server", environment, "server", "start", "--port", str(self._port))
 
         def answers() -> bool:
             with suppress(httpx.HTTPError):
