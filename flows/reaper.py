@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun, State, StateType
 
 POLL_SECONDS = 0.5
+CANCELLING_SECONDS = 45.0  # more than a cancellation takes, on another machine too
 UNENDED = ("RUNNING", "PENDING", "CANCELLING")  # types of states
 
 
@@ -71,6 +72,26 @@ def reap_killed() -> list[str]:
                     _correct(client, run)
                     found.append(run.name)
             forget_flow_run(home, flow_run)
+    return found
+
+
+def reap_cancelled(pool: str = POOL) -> list[str]:
+    """End the runs that were cancelled before they had begun; the names of those runs.
+
+    Prefect's engine then ends without a word, and the run would stay Cancelling. One whose process lives on this
+    machine is left alone, however long it takes.
+    """
+    from prefect.client.orchestration import get_client
+
+    home, found = home_directory(), []
+    with get_client(sync_client=True) as client:
+        for run in _runs(pool):
+            since = run.state.timestamp if run.state else None
+            if _type(run) != "CANCELLING" or since is None or flow_run_lives(home, str(run.id)):
+                continue
+            if time.time() - since.timestamp() > CANCELLING_SECONDS:
+                _correct(client, run)
+                found.append(run.name)
     return found
 
 

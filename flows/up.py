@@ -35,6 +35,7 @@ ABOUT = "Start Prefect, MLflow, the deployments and a worker on this machine; Ct
 LOCK, STATE = "up.lock", "up.json"
 WORKER = f"rlhf-up-{socket.gethostname()}"
 READY_SECONDS = 180.0
+LOOK_SECONDS = 10.0  # between two looks at runs that are being cancelled
 GONE = "the process of the run {} is gone: its state is corrected"
 STOP_SECONDS = 20.0  # for running stages to write a checkpoint and end, when all is stopped
 
@@ -228,7 +229,7 @@ def _serve(options: argparse.Namespace, addresses: Addresses, console: Console) 
         from prefect.exceptions import PrefectHTTPStatusError
 
         from flows.deployments import apply, shipped
-        from flows.reaper import reap, reap_killed
+        from flows.reaper import reap, reap_cancelled, reap_killed
 
         made = apply(shipped())
         for name in reap(WORKER):
@@ -238,12 +239,16 @@ def _serve(options: argparse.Namespace, addresses: Addresses, console: Console) 
         console.print(f"\nready; {len(made)} deployments", highlight=False)
         _print_addresses(addresses, console)
         console.print("Ctrl-C ends all of it.")
+        looked = time.monotonic()
         while not stopping.asked:
             for child in (prefect, mlflow, worker):
                 if news := child.revive():
                     console.print(news, highlight=False, soft_wrap=True)
             with suppress(httpx.HTTPError, PrefectHTTPStatusError):  # Prefect does not answer: the next time, then
-                for name in reap_killed():
+                gone = reap_killed()
+                if time.monotonic() - looked > LOOK_SECONDS:
+                    gone, looked = gone + reap_cancelled(), time.monotonic()
+                for name in gone:
                     console.print(GONE.format(name), highlight=False)
             time.sleep(0.5)
     except _StoppedError:

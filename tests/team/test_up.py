@@ -165,6 +165,17 @@ def test_what_dies_is_started_again(up: Up, name: str) -> None:
     assert up.finish(run) == "COMPLETED"
 
 
+def test_a_run_that_is_cancelled_before_it_begins_does_not_stay_so(up: Up) -> None:
+    """Its process ends without a word to the server, as that of a run which is cancelled while it is being started."""
+    later = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2099-01-01T00:00:00Z"}}
+    deployment = up.deployment("preset/run")["id"]
+    run = up.api("POST", f"deployments/{deployment}/create_flow_run", parameters=SMOKE, state=later)["id"]
+    for state in ("PENDING", "CANCELLING"):
+        up.api("POST", f"flow_runs/{run}/set_state", state={"type": state}, force=True)
+    assert up.state(run) == "CANCELLING"
+    assert up.finish(run) == "CANCELLED"
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_cancelled_training_leaves_a_checkpoint_and_no_process(up: Up, processes: int) -> None:
     """Although no regular one is due. What it took is printed, and in docs/reliability.md."""
