@@ -63,9 +63,16 @@ class Bench:
         )
 
     def child(self, *words: str) -> psutil.Process:
-        """A program that ``rlhf up`` has started, by words of its command line."""
-        children = psutil.Process(self.up.process.pid).children()
-        [found] = [one for one in children if set(words) <= set(one.cmdline())]
+        """A program that ``rlhf up`` has started, by words of its command line; as soon as it is there again."""
+
+        def find() -> psutil.Process | None:
+            for one in psutil.Process(self.up.process.pid).children():
+                with suppress(psutil.Error):
+                    if set(words) <= set(one.cmdline()):
+                        return one
+            return None
+
+        found: psutil.Process = wait_for(find, f"the program {' '.join(words)}")
         return found
 
     def below_worker(self, is_it: Callable[[psutil.Process], bool]) -> psutil.Process:
