@@ -13,7 +13,7 @@ from pathlib import Path
 from rlhf.artifacts import Found, Manifest, Store
 from rlhf.errors import ArtifactError
 from rlhf.locations import home_directory, shared_store_url
-from rlhf.locks import lock, try_lock, unlock
+from rlhf.locks import lock, locked, try_lock, unlock
 from rlhf.shared_store import SharedStore, check_url
 
 log = logging.getLogger(__name__)
@@ -88,12 +88,8 @@ class SharingStore(Store):
         Raises:
             StorageError: that failed; the artifact is here, and marked as one to be sent.
         """
-        descriptor = lock(self._lock_path("send", stage, key))
-        assert descriptor is not None
-        try:
+        with locked(self._lock_path("send", stage, key)):
             self._send(stage, key)
-        finally:
-            unlock(descriptor)
 
     def send_unsent(self) -> None:
         """Give the others what an earlier run could not, but for what another process is sending now.
