@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
@@ -127,8 +128,8 @@ def carrier(bench: Bench, run: str) -> psutil.Process:
 
 
 def module(name: str) -> Callable[[Bench, str], psutil.Process]:
-    """A process that runs a module of ours."""
-    return lambda bench, run: bench.below_worker(lambda one: name in one.cmdline())
+    """A process that runs a module of ours; the launcher's command line has the name of the ranks' module, too."""
+    return lambda bench, run: bench.below_worker(lambda one: ("-m", name) in pairwise(one.cmdline()))
 
 
 def hanging(*words: str) -> Callable[[Bench, str], None]:
