@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from flows import generate, summary, up
-from rlhf import headlines
+from rlhf import champion, headlines
 from rlhf.artifacts import Store, verify
 from rlhf.config import PipelineConfig
 from rlhf.errors import ArtifactError, ConfigError, InputError, RlhfError
@@ -261,7 +261,7 @@ def _cache_send(options: argparse.Namespace, console: Console) -> None:
 
 
 def _cache_gc(options: argparse.Namespace, console: Console) -> None:
-    """Keep what the last runs of each pipeline used."""
+    """Keep what the last runs of each pipeline used, and the champions."""
     store = Store(home_directory(options.home))
     by_pipeline: dict[str, list[Any]] = {}
     for record in read_runs(store.home):
@@ -272,11 +272,18 @@ def _cache_gc(options: argparse.Namespace, console: Console) -> None:
         for record in records[-options.keep :]
         for stage, row in record.stages.items()
     }
-    deleted = store.collect_garbage(keep, dry_run=options.dry_run)
+    deleted = store.collect_garbage(keep | champion.artifacts_in_use(store.home), dry_run=options.dry_run)
     for path, size in deleted:
         console.print(f"{path}  {headlines.size(size)}", highlight=False, markup=False, soft_wrap=True)
     verb = "would free" if options.dry_run else "freed"
     console.print(f"{len(deleted)} deleted, {verb} {headlines.size(sum(size for _, size in deleted))}")
+
+
+def _count(text: str) -> int:
+    """An option that counts something: 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of 1 or more")
+    return int(text)
 
 
 def _config(options: argparse.Namespace) -> PipelineConfig:
@@ -339,14 +346,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="K=[V,...]",
         help="values to try: --over ppo.kl_coef=[0.02,0.1]",
     )
-    sweep.add_argument("--runs", type=int, default=2, help="most runs at once (default: 2)")
+    sweep.add_argument("--runs", type=_count, default=2, help="most runs at once (default: 2)")
     sweep.add_argument("--ray", action="store_true", help="on a Ray cluster that sees the same home folder")
     add("presets", _presets, "List the presets.", as_json)
     add("show", _show, "Print the whole configuration of a preset or file.", source, as_json)
     add("validate", _validate, "Check a configuration and every row of the data that it names.", source, store)
     generate.add_arguments(add("generate", generate.generate, generate.ABOUT, store, as_json))
     runs = add("runs", _runs, "List the runs on this machine.", as_json)
-    runs.add_argument("--last", type=int, default=20, help="how many (default: 20)")
+    runs.add_argument("--last", type=_count, default=20, help="how many (default: 20)")
     up.add_arguments(add("up", up.up, up.ABOUT, store))
     deploy = add("deploy", _deploy, "Put deployments on the Prefect server of PREFECT_API_URL.", source)
     deploy.add_argument("--cron", help="when to look for something new and retrain, such as '0 3 * * *'")
@@ -360,8 +367,10 @@ def _parser() -> argparse.ArgumentParser:
     add("ls", _cache_ls, "List the artifacts.", as_json, to=verbs)
     add("verify", _cache_verify, "Hash every file of every artifact.", to=verbs)
     add("send", _cache_send, "Send the shared store every artifact that it lacks.", store, to=verbs)
-    gc = add("gc", _cache_gc, "Delete artifacts that the last runs of each pipeline did not use.", to=verbs)
-    gc.add_argument("--keep", type=int, default=5, help="runs of each pipeline to keep (default: 5)")
+    gc = add(
+        "gc", _cache_gc, "Delete artifacts that neither the last runs of each pipeline nor its champion used.", to=verbs
+    )
+    gc.add_argument("--keep", type=_count, default=5, help="runs of each pipeline to keep (default: 5)")
     gc.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
     return parser
 

@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 from rlhf.artifacts import Store
 from rlhf.config import Promotion
@@ -84,6 +84,16 @@ def read(home: Path, role: Role, pipeline: str) -> Contender | None:
         return None
     except (ValueError, TypeError, KeyError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); delete it, and the next run has nothing to beat") from None
+
+
+def artifacts_in_use(home: Path) -> set[tuple[str, str]]:
+    """Stage and key of each artifact of a champion, or of a candidate that was considered last, of any pipeline.
+
+    Raises:
+        ArtifactError: a file of theirs is damaged.
+    """
+    held = [read(home, role, path.stem) for role in get_args(Role) for path in sorted((home / role).glob("*.json"))]
+    return {item for contender in held if contender is not None for item in contender.keys.items()}
 
 
 def write(home: Path, role: Role, pipeline: str, contender: Contender) -> None:

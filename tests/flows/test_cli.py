@@ -88,6 +88,18 @@ def test_bad_usage_ends_with_2(arguments: list[str]) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [["cache", "gc", "--keep", "0"], ["runs", "--last", "-1"], ["runs", "--last", "x"], ["sweep", "--runs", "0"]],
+)
+def test_a_count_of_none_is_refused(rlhf: Rlhf, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        rlhf(*arguments)
+    assert ended.value.code == 2
+    expected = f"argument {arguments[-2]}: {arguments[-1]!r}: expected a whole number of 1 or more"
+    assert expected in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", [("show", "demo"), ("presets",)])  # printed plainly, and by rich
 def test_a_reader_that_goes_away_is_no_error(command: tuple[str, ...]) -> None:
     shown = subprocess.Popen(

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from rlhf import champion
+from rlhf.champion import Contender
 from rlhf.settings import load
 from rlhf.stages import STAGES
 
@@ -217,6 +219,18 @@ def test_cache_verbs(done: Rlhf, home: Path) -> None:
     assert code == 0
     assert len(list((home / "store" / "ppo").iterdir())) == 1
     assert {row["action"] for row in plan(done, "--set", "ppo.kl_coef=0.1").values()} == {"cached"}
+
+
+def test_gc_keeps_the_champion(done: Rlhf, home: Path) -> None:
+    held = {path.parent.name: path.name for path in (home / "store").glob("*/*")}
+    champion.write(home, "champions", "demo", Contender("run", held, {}))
+    assert done("run", "--set", "ppo.kl_coef=0.1")[0] == 0
+    assert done("cache", "gc", "--keep", "1")[:2] == (0, "0 deleted, freed 0 B\n")
+    (home / "champions" / "demo.json").write_text("{}")
+    code, out, error = done("cache", "gc", "--keep", "1")
+    assert (code, out) == (1, "")
+    assert "demo.json is damaged" in " ".join(error.split())
+    assert len(list((home / "store" / "ppo").iterdir())) == 2
 
 
 def test_runs_are_listed(done: Rlhf) -> None:

@@ -55,6 +55,17 @@ def test_written_and_read(tmp_path: Path) -> None:
         champion.read(tmp_path, "champions", "demo")
 
 
+def test_what_champions_and_candidates_use(tmp_path: Path) -> None:
+    assert champion.artifacts_in_use(tmp_path) == set()
+    champion.write(tmp_path, "champions", "demo", contender(1.0, sft="a", ppo="b"))
+    champion.write(tmp_path, "candidates", "demo", contender(0.5, sft="a", ppo="c"))
+    champion.write(tmp_path, "champions", "other", contender(1.0, ppo="d"))
+    assert champion.artifacts_in_use(tmp_path) == {("sft", "a"), ("ppo", "b"), ("ppo", "c"), ("ppo", "d")}
+    (tmp_path / "champions" / "other.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"other\.json is damaged"):
+        champion.artifacts_in_use(tmp_path)
+
+
 def plan(stage: str, key: str | None, **ingredients: Any) -> StagePlan:
     return StagePlan(stage, "run", ("input prepare: will be made anew",), key, None, ingredients)
 
