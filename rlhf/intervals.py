@@ -7,7 +7,7 @@ Shapes: n examples, R resamples.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -76,6 +76,15 @@ def win_rate(a: ArrayLike, b: ArrayLike, confidence: float, resamples: int, seed
     wins = np.where(first == second, 0.5, (first > second).astype(np.float64))
     wins[np.isnan(first) | np.isnan(second)] = np.nan
     return bootstrap_interval(wins, confidence, resamples, seed)
+
+
+def without_nan(value: Any) -> Any:
+    """The same dictionaries, lists and values with None for NaN, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def _paired(a: ArrayLike, b: ArrayLike) -> tuple[Floats, Floats]:

@@ -8,6 +8,7 @@ policy. What is not made here is passed on, so that later stages read preference
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,16 @@ import pyarrow.parquet as pq
 from rlhf.data.columns import Column, check_names, problems_of
 from rlhf.data.problems import BadRows
 from rlhf.data.sources import SPLITS
-from rlhf.errors import DataError
+from rlhf.errors import DataError, RewardError
+from rlhf.intervals import without_nan
 from rlhf.judge import candidates
 from rlhf.judge.agreement import annotators_report, with_people
 from rlhf.judge.judges import Judge, make_judge
 
 if TYPE_CHECKING:
     from rlhf.context import Context
+
+log = logging.getLogger(__name__)
 
 
 def run(context: Context) -> dict[str, float]:
@@ -52,6 +56,7 @@ def run(context: Context) -> dict[str, float]:
     for kind in ("preferences", "ratings"):
         if not (context.out / kind).exists() and context.has(f"prepare/{kind}"):
             shutil.copytree(context.input(f"prepare/{kind}"), context.out / kind)
+    report = without_nan(report)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     (context.out / "report.json").write_text(text + "\n", "utf-8")
     return _finals(report)
@@ -85,20 +90,25 @@ def _write(context: Context, kind: str, verdicts: Mapping[str, candidates.Verdic
         if split == "train" and not table.num_rows:
             raise DataError(
                 f"judge: {len(verdict.groups)} prompts of the training split gave no {kind}, as all responses to each "
-                "are the same, or tie; sample more (judge.samples, judge.temperature) or lower judge.min_margin"
+                "are blank, the same, or tie; sample more (judge.samples, judge.temperature) or lower judge.min_margin"
             )
         pq.write_table(table, context.out / kind / f"{split}.parquet")
         found[split] = {
             "prompts": len(verdict.groups),
             "responses": sum(len(group.responses) for group in verdict.groups),
             "repeated_or_blank": sum(group.dropped for group in verdict.groups),
+            "prompts_without_response": sum(not group.responses for group in verdict.groups),
             kind: table.num_rows,
         }
     return found
 
 
 def _agreement(context: Context, judge: Judge) -> dict[str, Any]:
-    """How the judge's verdicts compare with people's on the test pairs, all and by source."""
+    """How the judge's verdicts compare with people's on the test pairs, all and by source.
+
+    What the judge made stands without this: where a function fails on these pairs, as when it takes a column that only
+    the prompts have, ``no_agreement`` says why.
+    """
     if not context.has("prepare/preferences/test.parquet"):
         return {}
     pairs = pq.read_table(context.input("prepare/preferences/test.parquet"))
@@ -106,7 +116,11 @@ def _agreement(context: Context, judge: Judge) -> dict[str, Any]:
         return {}
     columns = pairs.to_pydict()
     chosen, rejected = columns["chosen"], columns["rejected"]
-    judged = judge.compare(columns["prompt"], chosen, rejected, candidates.others(columns))
+    try:
+        judged = judge.compare(columns["prompt"], chosen, rejected, candidates.others(columns))
+    except RewardError as error:
+        log.warning("judge: the agreement with people's test pairs is not measured: %s", error)
+        return {"no_agreement": str(error)}
     seed, source = context.config.seed, context.config.judge.source
     found = {"with_people": with_people(judged.margins, chosen, rejected, seed) | judged.position_bias()}
     if source:

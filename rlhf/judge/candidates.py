@@ -25,7 +25,7 @@ JUDGED_AT_ONCE = 4096  # responses
 
 @dataclass
 class Group:
-    """The different responses to one prompt, and the prompt's other columns."""
+    """The different responses to one prompt, none where all were blank, and the prompt's other columns."""
 
     prompt: str
     responses: list[str]
@@ -49,7 +49,7 @@ class Verdicts:
         columns: dict[str, list[Any]] = {name: [] for name in ("prompt", "chosen", "rejected", "difference", "ranking")}
         for number, (group, better) in enumerate(zip(self.groups, self.better, strict=True)):
             order = np.argsort(-better.sum(axis=1), kind="stable")
-            ends = [(order[0], order[-1])] if best_and_worst else combinations(order, 2)
+            ends = [(order[0], order[-1])] if best_and_worst and len(order) else combinations(order, 2)
             for one, other in ends:
                 if better[one, other] < 0:
                     one, other = other, one

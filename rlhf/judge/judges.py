@@ -71,7 +71,9 @@ class ByScore:
         return Judged(self.scores(prompts, firsts, columns) - self.scores(prompts, seconds, columns), None)
 
     def scores(self, prompts: Sequence[str], responses: Sequence[str], columns: Columns) -> Floats:
-        """The scores."""
+        """The scores. Without a response nothing is asked, as a function need not take an empty batch."""
+        if not responses:
+            return np.empty(0)
         return np.asarray(self.score(prompts, responses, columns), dtype=np.float64)
 
 

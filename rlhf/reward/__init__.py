@@ -26,7 +26,7 @@ import torch
 
 from rlhf import adapt, models, plots, processes, training
 from rlhf.errors import DataError, ModelError
-from rlhf.intervals import Floats
+from rlhf.intervals import Floats, without_nan
 from rlhf.reward import held_out
 from rlhf.reward.held_out import Scores
 from rlhf.reward.rows import REFERENCES, Pairs, Ratings, Reader
@@ -225,7 +225,7 @@ def _measured(
     of_pairs = held_out.pair_report(scored["test"], lengths, pairs.chosen_first, seed, probabilities=pairwise)
     of_ratings = held_out.rating_report(*rated["test"], scale=_scale(model, section.objective))
     made = {"objective": section.objective, "pairs": of_pairs, "ratings": of_ratings}
-    text = json.dumps(_without_nan(made), indent=1, allow_nan=False)
+    text = json.dumps(without_nan(made), indent=1, allow_nan=False)
     (out / "calibration.json").write_text(text + "\n", encoding="utf-8")
     if of_pairs is not None and pairwise:
         plots.reliability(out / "calibration.png", of_pairs["calibration"]["bins"])
@@ -259,12 +259,3 @@ def _write_table(path: Path, parts: Mapping[str, Mapping[str, Floats]]) -> None:
         pa.table({"split": [split] * lengths[split], **columns}) for split, columns in parts.items() if lengths[split]
     ]
     pq.write_table(pa.concat_tables(tables), path)
-
-
-def _without_nan(value: Any) -> Any:
-    """The same structure with None for NaN, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

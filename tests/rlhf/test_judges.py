@@ -14,10 +14,12 @@ import pytest
 from rlhf import judge, prepare
 from rlhf.config import PipelineConfig
 from rlhf.context import Context
+from rlhf.data.settle import split_of
+from rlhf.data.sources import SPLITS
 from rlhf.errors import DataError, RewardError
 from rlhf.judge.agreement import with_people
 from rlhf.judge.candidates import Group, judged
-from rlhf.judge.judges import ByComparison, ByScore, Judged
+from rlhf.judge.judges import ByComparison, ByScore, Judge, Judged
 from rlhf.tracker import NullTracker
 
 OFF: dict[str, Any] = dict.fromkeys(("sft", "reward", "ppo", "evaluate"), "off")
@@ -52,6 +54,14 @@ def test_small_differences_are_ties() -> None:
     assert [(row["chosen"], row["rejected"]) for row in found] == [("aaa", "a")]
 
 
+def test_no_function_is_asked_about_no_response() -> None:
+    def score(prompts: Sequence[str], responses: Sequence[str], columns: Any) -> list[float]:
+        return [max(map(float, map(len, responses)))]
+
+    found = judged(ByScore(score), groups([], []))
+    assert found.ratings().num_rows == found.pairs(True, 0.0).num_rows == 0
+
+
 def test_ratings() -> None:
     found = judged(ByScore(longer), groups(["aa", "a"], ["b"])).ratings().to_pylist()
     assert [(row["prompt"], row["response"], row["score"]) for row in found] == [
@@ -71,6 +81,15 @@ def test_a_comparison_is_asked_in_both_orders() -> None:
     made = judged(ByComparison(first_is_better, "f"), groups(["aa", "a", "aaaa"])).pairs(False, 0.0).to_pylist()
     assert [(row["chosen"], row["rejected"]) for row in made] == [("aaaa", "aa"), ("aaaa", "a"), ("aa", "a")]
     assert Judged(np.array([1.0]), None).position_bias() == {}
+
+
+@pytest.mark.parametrize("by", [ByScore(longer), ByComparison(first_is_better, "f")])
+def test_a_prompt_whose_samples_are_all_blank_gives_nothing(by: Judge) -> None:
+    found = judged(by, groups([], ["aa", "a"], []))
+    for best_and_worst in (True, False):
+        assert [row["prompt"] for row in found.pairs(best_and_worst, 0.0).to_pylist()] == ["p1"]
+    if found.scores is not None:
+        assert [row["prompt"] for row in found.ratings().to_pylist()] == ["p1", "p1"]
 
 
 @pytest.mark.parametrize("answer", [[1.0], [1.0, float("nan")], [1.0, "x"], None])
@@ -162,6 +181,43 @@ def test_samples_and_the_reference_ranked_by_rouge(tmp_path: Path) -> None:
     again = tmp_path / "again"
     again.mkdir()
     assert Run(again, {"rows": rows}, section).rows("preferences") == found
+
+
+def test_prompts_without_a_response_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {False: ["a", "a b"], True: [" ", ""]}
+    monkeypatch.setattr(
+        "rlhf.judge.sampling.samples", lambda context, split, given: (answers["1" in text] for text in given)
+    )
+    rows = [{"prompt": f"question {i}"} for i in range(20)]
+    made = Run(tmp_path, {"rows": rows}, {"by": "rewards", "rewards": {"brevity": 1.0}, "samples": 2}).report["made"]
+    assert sum(made[split]["prompts_without_response"] for split in SPLITS) == 11  # 1, 10, 11, ..., 19
+    assert sum(made[split]["preferences"] for split in SPLITS) == 9
+
+
+def test_one_pair_of_people_has_no_interval(tmp_path: Path) -> None:
+    """An interval over one pair does not exist, which JSON says as null."""
+    rows = pairs(60)
+    rare = next(row for row in rows if split_of(row["prompt"], 0.0, 0.3) == "test")
+    rows = [row | {"source": "rare" if row is rare else "plain"} for row in rows]
+    section = {"by": "rewards", "rewards": {"brevity": 1.0}, "source": "source"}
+    found = Run(tmp_path, {"rows": rows}, section).report["by_source"]["rare"]
+    assert (found["pairs"], found["accuracy_low"], found["accuracy_high"]) == (1, None, None)
+
+
+def test_an_agreement_that_cannot_be_measured_fails_no_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The samples' prompts have the column ``n``, people's pairs have not."""
+    source = "def f(prompts, firsts, seconds, n):\n    return [len(a) - len(b) for a, b in zip(firsts, seconds)]\n"
+    (tmp_path / "mine.py").write_text(source)
+    monkeypatch.setattr("rlhf.judge.sampling.samples", lambda context, split, given: (["a", "bb"] for _ in given))
+    rows = [*({"prompt": f"question {i}", "n": i} for i in range(20)), *pairs(60)]
+    section = {"by": "comparison", "function": f"{tmp_path}/mine.py:f", "samples": 2}
+    made = Run(tmp_path, {"rows": rows}, section)
+    assert "judge.function" in made.report["no_agreement"]
+    assert "with_people" not in made.report
+    assert made.rows("preferences")
+    assert "agreement with people's test pairs is not measured: judge.function" in caplog.text
 
 
 def test_nothing_to_prefer_is_said(tmp_path: Path) -> None:
