@@ -211,7 +211,10 @@ def _fits(values: list[Any], before: pa.DataType | None) -> bool:
 
 
 class CellType:
-    """Whether the cells of a CSV column are whole numbers, numbers, or texts (``007`` is one); an empty one is null."""
+    """Whether the cells of a CSV column are whole numbers, numbers, or texts (``007`` is one); an empty one is null.
+
+    No digit is lost: what neither int64 nor, among fractions, a double holds to the last digit stays text.
+    """
 
     def __init__(self) -> None:
         self._kinds = list(_NUMBERS)  # that all cells so far allow
@@ -221,7 +224,7 @@ class CellType:
         """Look at some cells."""
         filled = [cell for cell in cells if cell]
         self._filled = self._filled or bool(filled)
-        self._kinds = [kind for kind in self._kinds if all(map(_NUMBERS[kind].fullmatch, filled))]
+        self._kinds = [kind for kind in self._kinds if all(map(_NUMBERS[kind], filled))]
 
     @property
     def type(self) -> pa.DataType:
@@ -229,7 +232,19 @@ class CellType:
         return self._kinds[0] if self._kinds and self._filled else pa.string() if self._filled else pa.null()
 
 
-_NUMBERS = {
-    pa.int64(): re.compile(r"-?(0|[1-9][0-9]{0,17})"),
-    pa.float64(): re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?"),
-}
+_WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,18})")
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][-+]?[0-9]+)?")
+
+
+def _is_whole(cell: str) -> bool:
+    return _WHOLE.fullmatch(cell) is not None and -(2**63) <= int(cell) < 2**63
+
+
+def _is_number(cell: str) -> bool:
+    if _NUMBER.fullmatch(cell) is None:
+        return False
+    whole = len(cell) > 15 and cell.lstrip("-").isdigit()
+    return not whole or (_is_whole(cell) and abs(int(cell)) <= 2**53)
+
+
+_NUMBERS: dict[pa.DataType, Callable[[str], bool]] = {pa.int64(): _is_whole, pa.float64(): _is_number}

@@ -96,7 +96,7 @@ class Reading:
         data = self._config.data
         named = sources(getattr(data, self.kind), self.where)
         size = sum(_bytes(source) for source in named)
-        spool = Spool(self._folder, size)
+        spool = Spool(self._folder, size, self.where, self.places.place)
         for source in named:
             self._read_one(_read_source(source, self.where, self.bad, data.encoding), source, spool)
         if written := list(_read_rows(data, self.kind)):

@@ -24,7 +24,8 @@ from rlhf.data.settings import Data
 from rlhf.data.settle import Settled, count_splits
 from rlhf.data.sources import SPLITS
 from rlhf.data.spool import ROW, SPLIT, Written
-from rlhf.data.tokens import Lengths, statistics
+from rlhf.data.tokens import Lengths, Limit, statistics
+from rlhf.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 Sizes = NDArray[np.int64]
 RESPONSES = ("response", "chosen", "rejected", "responses", "text")  # texts that end with end-of-sequence
+FOR_POLICIES = ("demonstrations", "prompts")  # kinds; of the others, a reward model reads each row as one text
 
 
 class Sized:
@@ -66,7 +68,7 @@ class Sized:
         }
 
 
-def write(settled: Settled, tokenizer: PreTrainedTokenizerBase, data: Data, limit: int | None, folder: Path) -> Sized:
+def write(settled: Settled, tokenizer: PreTrainedTokenizerBase, data: Data, limit: Limit | None, folder: Path) -> Sized:
     """Write the rows that are not too long to ``folder/out/<kind>/<split>.parquet``; ``limit`` is the model's context.
 
     Raises:
@@ -74,10 +76,12 @@ def write(settled: Settled, tokenizer: PreTrainedTokenizerBase, data: Data, limi
     """
     sized = Sized(settled, "preferences" if settled.kind == "labelled" else settled.kind)
     sized.lost["too_long"] = 0
+    if limit is not None and settled.kind not in FOR_POLICIES:
+        limit = Limit(limit.tokens)
     bad = BadRows(settled.where, "too long")
     fitting = Written(folder / f"{settled.kind}.fitting", settled.rows.schema)
     for table in settled.rows.tables():
-        lengths = Lengths(tokenizer)
+        lengths = Lengths(tokenizer, encoder=limit is not None and limit.halves)
         sizes = {name: _sizes(table, name, lengths) for name in settled.texts if _is_text(table, name)}
         fits = _fits(table, sizes, sized, data, limit, bad)
         for name, column in sizes.items():
@@ -115,7 +119,7 @@ def _sizes(table: pa.Table, name: str, lengths: Lengths) -> Sizes:
 
 
 def _fits(
-    table: pa.Table, sizes: dict[str, Sizes], sized: Sized, data: Data, limit: int | None, bad: BadRows
+    table: pa.Table, sizes: dict[str, Sizes], sized: Sized, data: Data, limit: Limit | None, bad: BadRows
 ) -> NDArray[np.bool_]:
     """Which rows are within ``data.max_*_tokens``, and can be read by the model as a whole."""
     none = np.zeros(table.num_rows, np.int64)
@@ -124,7 +128,10 @@ def _fits(
     longest = np.max(list(responses.values()), axis=0) if responses else none + 1
     limits = [("prompt", prompts, data.max_prompt_tokens, "data.max_prompt_tokens")]
     limits += [(name, size, data.max_response_tokens, "data.max_response_tokens") for name, size in responses.items()]
-    limits.append(("prompt and response", prompts + longest, limit, "the model's context"))
+    if limit is not None:
+        halves = [("prompt", prompts), *responses.items()]
+        texts = halves if limit.halves else [("prompt and response", prompts + longest)]
+        limits += [(what, size, limit.tokens, "the model's context") for what, size in texts]
     problems: dict[int, list[str]] = {}
     for what, found, most, setting in limits:
         for index in np.flatnonzero(found > most) if most is not None else ():
@@ -144,15 +151,18 @@ def _write_files(sized: Sized, folder: Path) -> None:
     rows, out = sized.rows, folder / "out" / sized.folder
     if sized.kind == "labelled":
         files = SplitFiles(out, plain_schema(LABELLED_PAIRS))
-        pairs = _write_labelled(rows, files, folder)
-        sized.lost["unpaired"] = sized.kept - 2 * pairs
-        sized.kept = 2 * pairs
+        paired = 2 * _write_labelled(rows, files, folder)
+        sized.lost["unpaired"] = sized.kept - paired
+        sized.kept = paired
     elif "responses" in rows.schema.names:
         files = SplitFiles(out, plain_schema(pairs_schema(rows.schema)))
-        start = 0
+        start = sized.lost["tied"] = 0
         for table in rows.tables():
-            files.add(pairs_of_rankings(table, start))
+            pairs = pairs_of_rankings(table, start)
+            files.add(pairs)
+            sized.lost["tied"] += table.num_rows - len(pairs["ranking"].unique())
             start += table.num_rows
+        sized.kept -= sized.lost["tied"]
     else:
         files = SplitFiles(out, plain_schema(rows.schema))
         for table in rows.tables():
@@ -209,23 +219,32 @@ def prompts_of(demonstrations: Sized, data: Data, folder: Path) -> Settled:
     return settled
 
 
-def check_room(prompts: Sized, config: PipelineConfig, limit: int) -> None:
+def check_room(prompts: Sized, config: PipelineConfig, limit: Limit) -> None:
     """Raise where a prompt leaves too little of the model's context for the responses that are sampled.
 
-    These are never dropped: which rows there are must not depend on settings of later stages.
+    These are never dropped: which rows there are must not depend on settings of later stages. In an encoder-decoder
+    they leave all of the decoder's.
+
+    Raises:
+        DataError: a prompt does.
+        ConfigError: a decoder reads less than such a response.
     """
     rooms = {f"{name}.max_new_tokens": getattr(config, name) for name in ("ppo", "evaluate")}
     on = {setting: stage.max_new_tokens for setting, stage in rooms.items() if stage.enabled}
     if not on or not prompts.numbers:
         return
     setting = max(on, key=lambda name: on[name])
-    most = limit - on[setting]
+    if limit.halves:
+        if on[setting] > limit.tokens:
+            raise ConfigError(f"{setting} is {on[setting]}, but the model's context is {limit.tokens}; lower it")
+        return
+    most = limit.tokens - on[setting]
     bad = BadRows(prompts.where, "too long")
     sizes, numbers = np.concatenate(prompts.lengths["prompt"]), np.concatenate(prompts.numbers)
     for index in np.flatnonzero(sizes > most):
         bad.add(
             prompts.places.place(int(numbers[index])),
-            f"prompt: {sizes[index]} tokens, but {most} are left of the model's context {limit} after "
+            f"prompt: {sizes[index]} tokens, but {most} are left of the model's context {limit.tokens} after "
             f"{setting} {on[setting]}",
             order=int(numbers[index]),
         )

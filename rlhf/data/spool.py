@@ -7,13 +7,18 @@ range, a *bucket*; later one bucket at a time is read and sorted. Memory holds a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
+
+from rlhf.errors import DataError
+from rlhf.explain import show
 
 KEY, POINT, ROW, SPLIT = "__key", "__point", "__row", "__split"
 """Columns beside the data: sort key, place in [0, 2^64) that decides the split, number in the input, stated split."""
@@ -48,13 +53,18 @@ def keys_of(firsts: Sequence[str], others: Sequence[Sequence[str]]) -> Keys:
 
 
 class Spool:
-    """Tables on disk by bucket. All have the same columns; ``schema``, set before reading, says their final types."""
+    """Tables on disk by bucket. All have the same columns; ``schema``, set before reading, says their final types.
 
-    def __init__(self, folder: Path, expected_bytes: int) -> None:
+    Args:
+        place: of a row by its number, for messages.
+    """
+
+    def __init__(self, folder: Path, expected_bytes: int, where: str, place: Callable[[int], str]) -> None:
         folder.mkdir(parents=True)
         bits = max(0, min(8, (max(expected_bytes, 1) // BUCKET).bit_length()))
         self._shift = 8 - bits
         self._paths = [folder / f"{number:03}.arrows" for number in range(2**bits)]
+        self._where, self._place = where, place
         self._waiting: list[pa.Table] = []
         self._bytes = 0
         self.schema: pa.Schema | None = None
@@ -78,17 +88,40 @@ class Spool:
         self._waiting, self._bytes = [], 0
 
     def tables(self) -> Iterator[pa.Table]:
-        """The rows in their order, bucket by bucket; the buckets are deleted behind."""
+        """The rows in their order, bucket by bucket; the buckets are deleted behind.
+
+        Raises:
+            DataError: a value cannot have the final type of its column.
+        """
         assert self.schema is not None
         self.flush()
         for path in self._paths:
             if path.exists():
-                table = pa.concat_tables(_cast(part, self.schema) for part in _segments(path)).combine_chunks()
+                table = pa.concat_tables(self._cast(part, self.schema) for part in _segments(path)).combine_chunks()
                 path.unlink()
                 keys = key_bytes(table).view(">u8")
                 columns = [keys[:, i] for i in range(keys.shape[1])]
                 order = np.lexsort([table[ROW].to_numpy(), *reversed(columns)])
                 yield table.take(pa.array(order))
+
+    def _cast(self, table: pa.Table, schema: pa.Schema) -> pa.Table:
+        """The table with the types of a schema; a column that it lacks is null."""
+        columns: list[Any] = []
+        for field in schema:
+            if field.name not in table.column_names or pa.types.is_null(field.type):
+                columns.append(pa.nulls(table.num_rows, field.type))
+                continue
+            column = table[field.name]
+            try:
+                columns.append(_exactly(column, field.type))
+            except pa.ArrowInvalid as error:
+                row = bisect_left(range(len(column) - 1), True, key=lambda i: not _fits(column[: i + 1], field.type))
+                raise DataError(
+                    f"{self._where}: {self._place(table[ROW][row].as_py())}, column {field.name!r}: "
+                    f"{show(column[row].as_py())} is not of the type of other rows, {field.type} ({error}); give all "
+                    "rows one type"
+                ) from None
+        return pa.table(columns, schema=schema)
 
 
 def key_bytes(table: pa.Table) -> NDArray[np.uint8]:
@@ -112,15 +145,19 @@ def _segments(path: Path) -> Iterator[pa.Table]:
                 yield reader.read_all()
 
 
-def _cast(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table with the types of a schema; a column that it lacks is null."""
-    columns: list[Any] = [
-        pa.nulls(table.num_rows, field.type)
-        if field.name not in table.column_names or pa.types.is_null(field.type)
-        else table[field.name].cast(field.type)
-        for field in schema
-    ]
-    return pa.table(columns, schema=schema)
+def _exactly(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """The column in another type; ``pa.ArrowInvalid`` where a value has no such one, or whole numbers lose digits."""
+    if pa.types.is_string(column.type) and pa.types.is_floating(kind):  # cells of a CSV file
+        column.filter(pc.match_substring_regex(column, r"^-?[0-9]{16,}$")).cast(pa.int64()).cast(kind)
+    return column.cast(kind)
+
+
+def _fits(column: pa.ChunkedArray, kind: pa.DataType) -> bool:
+    try:
+        _exactly(column, kind)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 class Written:

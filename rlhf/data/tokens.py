@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 END = "<|endoftext|>"  # begins, ends and pads the texts of a tokenizer that is trained here
 BATCH = 4096  # texts tokenized at once
 ENDLESS = re.compile(r"\S{256}|\s{256}")
+
+
+class Limit(NamedTuple):
+    """The longest sequence that a model takes, in tokens; ``halves``: a prompt and a response may be as long each."""
+
+    tokens: int
+    halves: bool = False
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, context: int) -> PreTrainedTokenizerFast:
@@ -64,29 +71,29 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def context_length(model: Model) -> int | None:
-    """The longest sequence that a model takes, in tokens; ``None`` where its configuration knows no limit.
+def context_length(model: Model) -> Limit | None:
+    """The longest sequence that a model takes; ``None`` where its configuration knows no limit.
 
     Raises:
         ModelError: its configuration cannot be loaded.
     """
     if model.path is None:
-        return model.context
+        return Limit(model.context, halves=model.architecture == "t5")
     config = load_config(model.path, model.revision, model.trust_remote_code)
     limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit
+    return None if limit is None else Limit(limit, halves=bool(config.is_encoder_decoder))
 
 
 class Lengths:
-    """Lengths of texts in tokens. No text is tokenized twice."""
+    """Lengths of texts in tokens. No text is tokenized twice. ``encoder``: one reads the prompts."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, encoder: bool = False) -> None:
         self._tokenizer = tokenizer
         self._known: dict[str, int] = {}
-        self._prompt_extra = len(prompt_token_ids(tokenizer, ["a"])[0]) - len(self._ids(["a"])[0])
+        self._prompt_extra = len(prompt_token_ids(tokenizer, ["a"], encoder)[0]) - len(self._ids(["a"])[0])
 
     def of_prompts(self, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """Tokens of each text as a prompt: with the beginning-of-sequence token where there is one. (N,)"""
+        """Tokens of each text as a prompt: with the special tokens that it gets as one. (N,)"""
         return self._of(texts) + self._prompt_extra
 
     def of_responses(self, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:

@@ -359,14 +359,14 @@ def test_a_vocabulary_larger_than_the_texts_need() -> None:
 def test_the_base_model_loads(prepared: Prepared) -> None:
     model = AutoModelForCausalLM.from_pretrained(prepared.out / "base")
     assert model.get_input_embeddings().weight.shape == (300, 8)
-    assert context_length(prepared.config.model) == 64
+    assert context_length(prepared.config.model) == (64, False)
 
 
 def test_a_pretrained_model(project: Path, prepared: Prepared, tmp_path: Path) -> None:
     path = ("model.init=pretrained", f"model.path={prepared.out}/base")
     made = Prepared(project, tmp_path / "again", *path)
     assert not (made.out / "base").exists()
-    assert context_length(made.config.model) == 64
+    assert context_length(made.config.model) == (64, False)
     names = [name for name in prepared.digests() if not name.startswith("base")]
     assert made.digests() == {name: prepared.digests()[name] for name in names}
     replace(tmp_path / "demonstrations.jsonl", "What is 7 plus 7?", "word " * 99)

@@ -81,5 +81,5 @@ def test_computed_columns(tmp_path: Path) -> None:
 
 
 def test_every_reason_is_explained() -> None:
-    for reason in ("bad", "empty", "duplicate", "leaked", "over_limit", "too_long", "unpaired"):
+    for reason in ("bad", "empty", "duplicate", "leaked", "over_limit", "too_long", "unpaired", "tied"):
         assert f"`{reason}`" in DOCS.read_text("utf-8")

@@ -91,23 +91,6 @@ def test_margins(tmp_path: Path) -> None:
     assert made.row("preferences") == {"prompt": "a", "chosen": "b", "rejected": "c", "margin": 2.0}
 
 
-def test_a_ranking_becomes_all_of_its_pairs(tmp_path: Path) -> None:
-    rows = [
-        {"prompt": "p", "responses": ["best", "good", "bad"], "n": 1},
-        {"prompt": "q", "responses": ["x", "y"], "n": 2},
-    ]
-    made = Prepared(tmp_path, preferences=write(tmp_path / "a.jsonl", rows))
-    found = made.rows("preferences")
-    pairs = {("best", "good"), ("best", "bad"), ("good", "bad"), ("x", "y")}
-    assert {(row["chosen"], row["rejected"]) for row in found} == pairs
-    by_ranking = {row["ranking"]: row["prompt"] for row in found}
-    assert sorted(by_ranking.values()) == ["p", "q"]
-    assert [row["ranking"] for row in found] == sorted(row["ranking"] for row in found)
-    assert all(row["n"] == (1 if row["prompt"] == "p" else 2) for row in found)
-    assert made.report["preferences"]["rows"] == made.report["preferences"]["kept"] == 2
-    assert made.report["preferences"]["splits"]["train"] == 4
-
-
 @pytest.mark.parametrize(
     "row",
     [
@@ -121,30 +104,6 @@ def test_other_columns_do_not_come_along_under_names_with_a_meaning(row: dict[st
     found = made.row("preferences")
     assert found.pop("ranking", 0) == 0
     assert found == {"prompt": "p", "chosen": "a", "rejected": "b", "n": 1}
-
-
-def test_ranks_with_a_tie(tmp_path: Path) -> None:
-    rows = [{"prompt": "p", "responses": ["c", "a", "b"], "rank": [3, 1, 1]}]
-    made = Prepared(tmp_path, preferences=write(tmp_path / "a.jsonl", rows), columns={"ranks": "rank"})
-    assert {(row["chosen"], row["rejected"]) for row in made.rows("preferences")} == {("a", "c"), ("b", "c")}
-
-
-@pytest.mark.parametrize(
-    ("row", "fragment"),
-    [
-        ({"responses": ["a"]}, "has 1 texts; a ranking has at least two"),
-        ({"responses": ["a", "a"]}, "the text 'a' is in it twice"),
-        ({"responses": ["a", " "]}, "item 2 ' ' is blank"),
-        ({"responses": "a"}, "is not a list; must be a list of texts"),
-        ({"responses": ["a", "b"], "rank": [1]}, "has 2 responses and 1 ranks"),
-        ({"responses": ["a", "b"], "rank": [1, "x"]}, "'x' is not a number"),
-    ],
-)
-def test_bad_rankings(row: dict[str, Any], fragment: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "a.jsonl", [{"prompt": "p", "rank": [1, 2]} | row])
-    message = error_of(tmp_path, preferences=path, columns={"ranks": "rank"})
-    assert f"{path} line 1" in message
-    assert fragment in message
 
 
 def test_ratings_in_a_csv_file(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from rlhf.config import PipelineConfig
 from rlhf.data.chat import simple_template
+from rlhf.data.formats import ROWS_AT_ONCE
 from rlhf.data.problems import SHOWN, BadRows
 from rlhf.data.reading import Reading
 from rlhf.data.spool import INTERNAL, ROW
@@ -136,6 +137,37 @@ def test_numbers_in_csv(tmp_path: Path) -> None:
         {"whole": 5, "real": 25.0, "code": "12", "some": 6, "none": None},
     ]
     assert table["prompt"].to_pylist() == ["1", "3"]  # a text column stays text
+
+
+def test_whole_numbers_in_csv_keep_their_digits(tmp_path: Path) -> None:
+    """Up to the limits of int64 they are numbers; beyond, or beside a fraction that makes them doubles, text."""
+    most, least = 2**63 - 1, -(2**63)
+    path = tmp_path / "a.csv"
+    path.write_text(
+        f"prompt,response,whole,beyond,mixed,fits\n1,2,{most},{most + 1},{2**53 + 1},{2**53}\n"
+        f"3,4,{least},{least - 1},0.5,0.5\n"
+    )
+    assert read(path).table.drop_columns(["prompt", "response"]).to_pylist() == [
+        {"whole": most, "beyond": str(most + 1), "mixed": str(2**53 + 1), "fits": float(2**53)},
+        {"whole": least, "beyond": str(least - 1), "mixed": "0.5", "fits": 0.5},
+    ]
+
+
+@pytest.mark.parametrize("name", ["b.jsonl", "b.csv"])
+def test_whole_numbers_that_fractions_of_another_file_would_round(name: str, tmp_path: Path) -> None:
+    one = write(tmp_path, "a.jsonl", [{"prompt": "a", "response": "b", "n": n} for n in (0.5, 1.5)])
+    two = write(tmp_path, name, [{"prompt": f"c{n}", "response": "d", "n": n} for n in (1, 2, 2**53 + 1, 4)])
+    expected = f"data.demonstrations: {two} line {4 if name == 'b.csv' else 3}, column 'n': {2**53 + 1}"
+    message = error_of(one, two).replace(repr(str(2**53 + 1)), str(2**53 + 1))  # a cell is text
+    assert message.startswith(expected)
+    assert "give all rows one type" in message
+    assert error_of(two, one)
+
+
+def test_whole_numbers_that_fractions_of_a_later_part_would_round(tmp_path: Path) -> None:
+    numbers = [2**53 + 1, *range(ROWS_AT_ONCE), 0.5]
+    path = write(tmp_path, "a.jsonl", [{"prompt": str(n), "response": "b", "n": n} for n in numbers])
+    assert f"{path} line 1, column 'n': {2**53 + 1} is not of the type of other rows, double" in error_of(path)
 
 
 def test_long_cells_in_csv(tmp_path: Path) -> None:
