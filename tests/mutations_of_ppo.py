@@ -45,8 +45,13 @@ MUTATIONS = [
     ),
     Mutation(
         "1", "low precision: old log-probabilities from decoding", "ppo/trainer.py",
-        'if self.accelerator.mixed_precision != "no" or missing:', "if missing:",
+        'self.accelerator.mixed_precision != "no"', "False",
         "test_invariants.py -k low_precision_too",
+    ),
+    Mutation(
+        "1", "weights in bf16: old log-probabilities from decoding", "ppo/trainer.py",
+        "not self.policy.in_float32", "False",
+        "test_invariants.py -k frozen_weights_in_bf16",
     ),
     # --- 2: gradients depend on neither micro-batches, padding nor processes
     Mutation(
@@ -282,8 +287,8 @@ MUTATIONS = [
         "test_every_combination.py -k 'combination_trains and shared'",
     ),
     Mutation(
-        "10", "models are not held against the settings", "ppo/trainer.py",
-        "if (self.policy.value_head is not None, self.value_model is None) != (shared, shared):", "if False:",
+        "10", "models are not held against the settings", "ppo/checks.py",
+        "if (policy.value_head is not None, value_model is None) != (shared, shared):", "if False:",
         "test_every_combination.py -k fit_the_settings",
     ),
     # --- 11: what is not finite
@@ -295,6 +300,11 @@ MUTATIONS = [
     Mutation(
         "11", "scores are not checked", "ppo/trainer.py", "if not self.finite(tensor):", "if False:",
         "test_failures.py -k nan_in_the_rewards",
+    ),
+    Mutation(
+        "11", "scores are checked after they are clipped", "ppo/trainer.py",
+        "torch.stack([raw, scores])", "torch.stack([scores, scores])",
+        "test_failures.py -k before_anything_hides_it",
     ),
     Mutation(
         "11", "losses and gradients are not checked", "ppo/trainer.py", "if not steps[-1].finite:", "if False:",

@@ -1,4 +1,7 @@
-"""Whether PPO knows a model: its own logits from hidden states, and decoding that agrees with a plain forward pass."""
+"""What is looked at before a training: that settings and models go together, and that PPO knows the model.
+
+It knows one whose own logits it makes from hidden states, and whose decoding agrees with a plain forward pass.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,30 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rlhf.errors import ModelError
+from rlhf.errors import ConfigError, ModelError
 from rlhf.ppo.generation import generate
-from rlhf.ppo.policy import Policy, shifted
+from rlhf.ppo.policy import Policy, ValueModel, shifted
 from rlhf.ppo.sequences import Sequences, unpack
-from rlhf.ppo.settings import Generation
+from rlhf.ppo.settings import Generation, Settings
+
+
+def check_settings(settings: Settings, policy: Policy, value_model: ValueModel | None, processes: int) -> None:
+    """See that the settings suit the models and the number of processes.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    s = settings
+    if s.episodes % (processes * s.minibatches):
+        raise ConfigError(
+            f"ppo.episodes {s.episodes} must be a multiple of processes * minibatches = {processes} * {s.minibatches}"
+        )
+    shared = s.value_model == "shared"
+    if (policy.value_head is not None, value_model is None) != (shared, shared):
+        raise ConfigError(
+            f"ppo.value_model is `{s.value_model}`: `separate` needs a value model and a policy without a value "
+            "head, `shared` a policy with one and no value model"
+        )
 
 
 @torch.no_grad()

@@ -53,6 +53,11 @@ class Policy(nn.Module):
         """The language model itself; its layers contain the adapters, if there are any."""
         return plain(self.model)
 
+    @property
+    def in_float32(self) -> bool:
+        """Whether all weights are. If not, what is computed of a row differs with the shape of its batch."""
+        return all(parameter.dtype == torch.float32 for parameter in self.parameters())
+
     def forward(self, sequences: Sequences, temperature: float, with_entropy: bool = False) -> TokenStatistics:
         """Log-probabilities of the response tokens at a sampling temperature. Logits are made at their places only."""
         hidden = self.hidden(sequences)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rlhf.errors import ConfigError
 
@@ -28,7 +28,7 @@ class Settings:
     """The options of ``Trainer``.
 
     Raises:
-        ConfigError: a number is outside its limits, or two options do not go together.
+        ConfigError: a value is none of those allowed, or two options do not go together.
     """
 
     updates: int = option(100, "Number of PPO updates (rollout, then optimisation).", ge=1)
@@ -117,9 +117,13 @@ class Settings:
     checkpoint_every: int = option(10, "Updates between two checkpoints.", True, ge=1)
 
     def __post_init__(self) -> None:
+        kinds = get_type_hints(Settings)
         for option in fields(self):
-            if problem := _beyond(getattr(self, option.name), option.metadata):
-                raise ConfigError(f"ppo.{option.name} is {getattr(self, option.name)!r}; {problem}")
+            value, kind = getattr(self, option.name), kinds[option.name]
+            allowed = get_args(kind) if get_origin(kind) is Literal else (value,)
+            problem = _beyond(value, option.metadata) if value in allowed else f"allowed are {', '.join(allowed)}"
+            if problem:
+                raise ConfigError(f"ppo.{option.name} is {value!r}; {problem}")
         if problem := conflict(self):
             raise ConfigError(f"ppo: {problem}")
 

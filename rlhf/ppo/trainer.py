@@ -6,6 +6,7 @@ the tokens or episodes of all of them as denominator.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,10 +20,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rlhf import adapt, allocator
-from rlhf.errors import ConfigError, RewardError, StoppedError, TrainingError
+from rlhf.errors import RewardError, StoppedError, TrainingError
 from rlhf.ppo import batching, core, heldout, state, summary
 from rlhf.ppo.batching import Prompts
-from rlhf.ppo.checks import check_policy
+from rlhf.ppo.checks import check_policy, check_settings
 from rlhf.ppo.learner import Learner, Step
 from rlhf.ppo.policy import Policy, ValueModel
 from rlhf.ppo.rollout import Experience, Rollout, Scored, collect, per_token
@@ -31,6 +32,8 @@ from rlhf.ppo.settings import Settings
 from rlhf.rewards import Rewards
 from rlhf.stopping import Stop
 from rlhf.tracker import NullTracker, Tracker
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -119,7 +122,7 @@ class Trainer:
                 s.generation_batch,
             )
             missing = self.policy.value_head is not None and rollout.values is None
-            if self.accelerator.mixed_precision != "no" or missing:
+            if self.accelerator.mixed_precision != "no" or not self.policy.in_float32 or missing:
                 # In low precision, a forward over whole rows gives other numbers than decoding did, and the first
                 # ratio would not be 1: take the old log-probabilities as the update will compute the new ones.
                 with self.learner.learning():
@@ -145,7 +148,8 @@ class Trainer:
             std = self.progress.scores.std
         scores = core.episode_scores(raw / std, rollout.ended, s.score_clip, s.missing_eos, s.missing_eos_value)
         scored = Scored(raw, scores, components, ref_logprobs, values)
-        for name, tensor in (("score", scores), ("reference", ref_logprobs), ("value", values)):
+        both = torch.stack([raw, scores])  # clipping and missing_eos may hide what is not finite
+        for name, tensor in (("score", both), ("reference", ref_logprobs), ("value", values)):
             if not self.finite(tensor):
                 self.fail(update, name, rollout=rollout._asdict(), scored=scored._asdict())
         return scored
@@ -220,18 +224,7 @@ class Trainer:
             ConfigError: settings and models do not go together.
         """
         s, accelerator = self.settings, self.accelerator
-        shares = accelerator.num_processes * s.minibatches
-        if s.episodes % shares:
-            raise ConfigError(
-                f"ppo.episodes {s.episodes} must be a multiple of processes * minibatches = "
-                f"{accelerator.num_processes} * {s.minibatches}"
-            )
-        shared = s.value_model == "shared"
-        if (self.policy.value_head is not None, self.value_model is None) != (shared, shared):
-            raise ConfigError(
-                f"ppo.value_model is `{s.value_model}`: `separate` needs a value model and a policy without a value "
-                "head, `shared` a policy with one and no value model"
-            )
+        check_settings(s, self.policy, self.value_model, accelerator.num_processes)
         if s.eval_every:
             heldout.check(s, self.held_out, self.rewards, accelerator.num_processes)
         if self.reference is None:
@@ -302,7 +295,8 @@ class Trainer:
         metrics = summary.metrics(rollout, scored, experience, steps, self.total)
         metrics |= summary.timings(self.seconds, self.total(rollout.sequences.response_lengths.sum()).item())
         metrics |= {"ppo/kl_coef": progress.kl_coef, "ppo/learning_rate": self.learning_rates(update)[0]}
-        metrics["ppo/grad_clip_fraction"] = summary.average([step.grad_norm > s.max_grad_norm for step in steps])
+        clipped = [step.grad_norm > s.max_grad_norm and not step.overflow for step in steps]
+        metrics["ppo/grad_clip_fraction"] = summary.average(clipped)
         if self.accelerator.scaler is not None:
             metrics["ppo/loss_scale"] = self.accelerator.scaler.get_scale()
             metrics["ppo/overflows"] = float(sum(step.overflow for step in steps))
@@ -366,6 +360,8 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.progress.best is not None:
             state.load_best(self.checkpoints, self.policy, self.progress.best)
+        elif self.settings.kl_budget is not None:
+            log.warning("no evaluation was within ppo.kl_budget %g: the last policy is kept", self.settings.kl_budget)
 
     def keep_batch(self, update: int, **batch: Any) -> Path:
         """Save a batch for inspection."""

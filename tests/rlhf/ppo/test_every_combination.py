@@ -118,9 +118,11 @@ def test_options_that_do_not_go_together_are_refused_when_they_are_read(changes:
         ({"learning_rate": 0.0}, r"ppo\.learning_rate is 0\.0; it must be over 0"),
         ({"updates": 0}, r"ppo\.updates is 0; it must be at least 1"),
         ({"kl_coef": math.nan}, r"ppo\.kl_coef is nan; it must be a finite number"),
+        ({"schedule": "cosine"}, r"ppo\.schedule is 'cosine'; allowed are linear, constant"),
+        ({"generation": "statc"}, r"ppo\.generation is 'statc'; allowed are auto, dynamic, static, transformers"),
     ],
 )
-def test_numbers_outside_their_limits_are_refused(changes: dict[str, Any], message: str) -> None:
+def test_values_outside_their_limits_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Settings(**changes)
     with pytest.raises(ValueError, match=next(iter(changes))):

@@ -49,6 +49,20 @@ def test_nan_in_the_rewards(architecture: str, lora: int, make_trainer: MakeTrai
     assert len(batch["rollout"]["responses"]) == len(batch["rollout"]["prompts"]["texts"]) == 8
 
 
+@pytest.mark.parametrize(
+    ("value", "hidden_by"), [(math.nan, {"missing_eos": "replace"}), (math.inf, {"score_clip": 1.0})], ids=str
+)
+def test_a_score_is_looked_at_before_anything_hides_it(
+    value: float, hidden_by: dict[str, Any], make_trainer: MakeTrainer
+) -> None:
+    trainer = make_trainer(max_new_tokens=1, **hidden_by)  # hardly a response ends
+    trainer.rewards = Rewards({"sick": (1.0, lambda prompts, responses, columns: [value] * len(responses))})
+    with pytest.raises(TrainingError, match="update 1: a score is not finite") as caught:
+        trainer.train()
+    scored = saved_batch(trainer, 1, caught.value)["scored"]
+    assert torch.isfinite(scored["scores"]).any()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, None])
 def test_a_reward_function_that_fails_is_named_and_its_batch_is_saved(
     value: float | None, make_trainer: MakeTrainer

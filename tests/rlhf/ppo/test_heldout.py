@@ -113,9 +113,12 @@ def test_only_policies_within_the_kl_budget_count(make_trainer: MakeTrainer) -> 
     assert heldout.better({"score": 10.0, "kl": 2.0}, 8, tight, best) == Best(8, 10.0, 2.0)
 
 
-def test_without_a_policy_in_the_budget_the_last_one_remains(make_trainer: MakeTrainer, tiny: Any) -> None:
+def test_without_a_policy_in_the_budget_the_last_one_remains(
+    make_trainer: MakeTrainer, caplog: pytest.LogCaptureFixture
+) -> None:
     trainer = make_trainer(eval_every=1, kl_budget=1e-9, learning_rate=3e-2, updates=2)
     finals = trainer.train()
+    assert "no evaluation was within ppo.kl_budget 1e-09: the last policy is kept" in caplog.text
     assert trainer.progress.best is None
     assert "ppo/best_update" not in finals
 

@@ -251,6 +251,20 @@ def test_the_first_step_starts_at_ratio_one_in_low_precision_too(
     assert trainer.step(2)["ppo/kl"] != 0.0
 
 
+@pytest.mark.parametrize(("architecture", "value"), list(itertools.product(ARCHITECTURES, ["separate", "shared"])))
+def test_the_first_step_starts_at_ratio_one_over_frozen_weights_in_bf16(
+    architecture: str, value: str, make_trainer: MakeTrainer
+) -> None:
+    trainer = make_trainer(architecture, lora=2, value_model=value, epochs=1)
+    for parameter in trainer.policy.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    trainer.prepare()
+    metrics = trainer.step(1)
+    assert abs(metrics["ppo/ratio_max"] - 1.0) < 1e-5
+    assert trainer.step(2)["ppo/kl"] != 0.0
+
+
 def test_each_update_draws_anew(make_trainer: MakeTrainer) -> None:
     trainer = make_trainer()
     trainer.prompts = trainer.prompts.select([0])
