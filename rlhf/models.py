@@ -225,14 +225,21 @@ def _last_layer(model: PreTrainedModel) -> nn.Linear:
 
 
 def _keep_score_in_float32(model: PreTrainedModel) -> None:
-    """A score in bf16 has three digits. The layer casts what it reads, whatever the type of the layers before it."""
+    """A score in bf16 has three digits. The head has none of autocast, and casts what the layers before it give."""
     for head in head_parts(model).values():
-        if any(parameter.dtype != torch.float32 for parameter in head.parameters()):
-            head.float().register_forward_pre_hook(_cast_to_float32)
+        head.float().register_forward_pre_hook(_enter_float32)
+        head.register_forward_hook(_leave_float32, always_call=True)
 
 
-def _cast_to_float32(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def _enter_float32(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    off: Any = torch.autocast(inputs[0].device.type, enabled=False)
+    off.__enter__()
+    module.__dict__["autocast_off"] = off
     return tuple(tensor.float() for tensor in inputs)
+
+
+def _leave_float32(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor | None) -> None:
+    module.__dict__.pop("autocast_off").__exit__(None, None, None)
 
 
 def _same_family(policy: str | Path, reward: str | Path, revision: str | None, trust_remote_code: bool) -> bool:

@@ -21,6 +21,7 @@ from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from rlhf import adapt, models, processes, training
+from rlhf.callback import log_values
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -108,7 +109,7 @@ def run(context: Context) -> dict[str, float]:
     if config.model.lora_rank:
         trained = adapt.merge_lora(trained)
     models.save(trained, tokenizer, context.out / "model")
-    training.log_values(context, final, trainer.state.global_step)
+    log_values(context, final, trainer.state.global_step)
     return {
         "sft/final_loss": training.last_logged(trainer, "loss"),
         **{f"sft/{name}": value for name, value in final.items()},

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerState, TrainingArguments, set_seed
 from transformers.utils import logging as hf_logging
 
 from rlhf import allocator, checkpoints, disk, processes
+from rlhf.callback import MARK, PipelineCallback, not_finite
 from rlhf.errors import ConfigError, StoppedError, TrainingError
 
 if TYPE_CHECKING:
@@ -34,20 +35,8 @@ log = logging.getLogger(__name__)
 
 A = TypeVar("A", bound=TrainingArguments)
 
-MARK = "journal.json"  # in a checkpoint: how far the journal was
 SORTED_TOGETHER = 50  # batches whose rows are sorted by length among themselves
 
-# What a Trainer logs, by the name it has here; anything else (run times, floating-point operations) is left out.
-CURVES = {
-    "loss": "loss",
-    "learning_rate": "learning_rate",
-    "grad_norm": "grad_norm",
-    "accuracy": "accuracy",
-    "margin": "margin",
-    "mean_reward": "score_mean",
-    "min_reward": "score_min",
-    "max_reward": "score_max",
-}
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -189,7 +178,7 @@ class PipelineTrainer:
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
         if not torch.isfinite(loss):
-            raise TrainingError(_not_finite("loss", loss.item(), self.stage, self.state.global_step + 1))
+            raise TrainingError(not_finite("loss", loss.item(), self.stage, self.state.global_step + 1))
         return loss
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -233,54 +222,6 @@ class LengthGroupedSampler(Sampler[int]):
             yield from whole[index].tolist()
         for batch in partial:
             yield from batch.tolist()
-
-
-class PipelineCallback(TrainerCallback):  # type: ignore[misc]
-    """Sends a Trainer's numbers to the stage's tracker, and seals its checkpoints.
-
-    ``evaluate`` is called after each epoch but the last one; what it returns is logged under the stage's name.
-    """
-
-    def __init__(self, context: Context, evaluate: Callable[[], Mapping[str, float]] | None = None) -> None:
-        self._context = context
-        self._evaluate = evaluate
-        self._loss = math.nan
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        logs: dict[str, float] = kwargs["logs"]
-        values = {name: float(logs[key]) for key, name in CURVES.items() if key in logs}
-        if not values:  # the summary after the last step
-            return
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise TrainingError(_not_finite(name, value, self._context.stage, state.global_step))
-        self._loss = values["loss"]
-        log_values(self._context, values, state.global_step)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        live = {} if math.isnan(self._loss) else {"loss": self._loss}
-        self._context.tracker.progress(state.global_step, state.max_steps, **live)
-        if state.global_step >= state.max_steps:
-            control.should_log = True  # the last steps too, where log_every does not divide their number
-        elif self._evaluate is not None and float(state.epoch or 0.0).is_integer():
-            log_values(self._context, self._evaluate(), state.global_step)
-            kwargs["model"].train()  # in evaluation mode, TRL would put the metrics of the next log aside
-        if state.global_step < state.max_steps and processes.anyone(self._context.stop.asked):
-            control.should_log = True  # a Trainer forgets at a resume what it has averaged since the last log
-            control.should_save = control.should_training_stop = True
-        return control
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        directory = Path(str(args.output_dir))
-        path = directory / f"checkpoint-{state.global_step}"
-        processes.wait()  # each has written its own random numbers' state
-        if processes.index():
-            return
-        (path / MARK).write_text(json.dumps({"mark": self._context.tracker.mark()}), encoding="utf-8")
-        checkpoints.seal(path)
-        checkpoints.prune(directory)
 
 
 def resume_from(context: Context) -> Path | None:
@@ -356,20 +297,7 @@ def _no_tied_weights(record: logging.LogRecord) -> bool:
     return "missing keys in the checkpoint" not in record.getMessage()
 
 
-def _not_finite(name: str, value: float, stage: str, step: int) -> str:
-    return (
-        f"{stage}: the {name} is {value} at step {step}; the last good checkpoint is kept. Lower {stage}.learning_rate "
-        f"or {stage}.max_grad_norm, or look for broken rows in the data"
-    )
-
-
 # -------------------------------------------------------------------------------------------------- small helpers
-def log_values(context: Context, values: Mapping[str, float], step: int) -> None:
-    """Log values under the stage's name; nothing where there are none."""
-    if values:
-        context.tracker.log({f"{context.stage}/{name}": value for name, value in values.items()}, step)
-
-
 def last_logged(trainer: Trainer, name: str) -> float:
     """The value that a Trainer logged last under a name."""
     return next(float(entry[name]) for entry in reversed(trainer.state.log_history) if name in entry)

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import torch
 
 from rlhf import adapt, models, plots, processes, training
+from rlhf.callback import log_values
 from rlhf.errors import DataError, ModelError
 from rlhf.intervals import Floats, without_nan
 from rlhf.reward import held_out
@@ -125,10 +126,10 @@ def _trained(
 
     checkpoint = training.resume_from(context)
     if checkpoint is None:
-        training.log_values(context, validate(), 0)
+        log_values(context, validate(), 0)
     training.train(trainer, context, checkpoint, validate)
     if processes.index() == 0:
-        training.log_values(context, validate(), trainer.state.global_step)
+        log_values(context, validate(), trainer.state.global_step)
     lora = context.config.model.lora_rank
     trained: PreTrainedModel = adapt.merge_lora(trainer.model) if lora else trainer.model
     return trained

@@ -24,7 +24,7 @@ from transformers import (
     T5Config,
 )
 
-from rlhf import models, reward
+from rlhf import adapt, models, reward
 from rlhf.rewards import RewardModel
 from rlhf.scoring import score_token_ids, usable_length
 
@@ -181,3 +181,19 @@ def test_an_encoder_resumes_bit_identically(toy: Any, tmp_path: Path, lora_rank:
     assert reward.run(again) == finals
     assert saved_weights(again) == saved_weights(whole)
     assert toy.curves() == toy.curves("whole")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("lora", [0, 2])
+def test_a_score_has_more_digits_than_bf16_under_autocast_too(architecture: str, lora: int, tmp_path: Path) -> None:
+    model = models.reward_from_policy(make_trunk(architecture, tmp_path))
+    if lora:
+        model = adapt.add_lora(model, lora, 8.0)
+    ids = torch.randint(3, len(WORDS), (8, 12), generator=torch.Generator().manual_seed(0))
+    ids[:, -1] = model.config.eos_token_id if architecture == "t5" else ids[:, -1]  # it is read there
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            scores = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+            assert (scores[:1] @ scores[:1].T).dtype == torch.bfloat16  # autocast goes on after the head
+        assert scores.dtype == torch.float32
+        assert not torch.equal(scores, scores.bfloat16().float())

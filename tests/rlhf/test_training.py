@@ -15,6 +15,7 @@ import torch
 from transformers import TrainingArguments
 
 from rlhf import checkpoints, training
+from rlhf.callback import MARK, PipelineCallback
 from rlhf.config import Resources
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.tracker import JournalTracker
@@ -156,14 +157,15 @@ def test_nothing_goes_elsewhere(toy: Any) -> None:
 
 
 # --------------------------------------------------------------------------------------------- callback, resuming
-def call(callback: training.PipelineCallback, event: str, step: int, toy: Any = None, **more: Any) -> Any:
+def call(callback: PipelineCallback, event: str, step: int, fp16: bool = False, **more: Any) -> Any:
+    args = SimpleNamespace(output_dir=more.pop("output_dir", "."), fp16=fp16)
     state = SimpleNamespace(global_step=step, max_steps=4, epoch=step / 2)
     control = SimpleNamespace(should_log=False)
-    return getattr(callback, event)(SimpleNamespace(output_dir=more.pop("output_dir", ".")), state, control, **more)
+    return getattr(callback, event)(args, state, control, **more)
 
 
 def test_logs_go_to_the_journal_under_the_stages_name(toy: Any) -> None:
-    callback = training.PipelineCallback(toy.context("reward"))
+    callback = PipelineCallback(toy.context("reward"))
     call(callback, "on_log", 2, logs={"loss": 1.5, "grad_norm": 2, "mean_reward": 0.5, "epoch": 1.0, "num_tokens": 9})
     call(callback, "on_log", 4, logs={"train_runtime": 3.0, "train_loss": 1.0})
     assert toy.curves() == [(2, {"reward/loss": 1.5, "reward/grad_norm": 2.0, "reward/score_mean": 0.5})]
@@ -172,10 +174,21 @@ def test_logs_go_to_the_journal_under_the_stages_name(toy: Any) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
 def test_what_is_not_finite_is_an_error_and_not_logged(toy: Any, name: str, value: float) -> None:
-    callback = training.PipelineCallback(toy.context("reward"))
+    callback = PipelineCallback(toy.context("reward"))
     with pytest.raises(TrainingError, match=f"reward: the {name} is {value} at step 6.*reward.learning_rate"):
         call(callback, "on_log", 6, logs={"loss": 1.0} | {name: value})
     assert not toy.journal().exists()
+
+
+def test_a_gradient_beyond_fp16_is_an_overflow_unless_no_scale_saves_it(toy: Any) -> None:
+    callback = PipelineCallback(toy.context("reward"))
+    with pytest.raises(TrainingError, match="the loss is nan"):
+        call(callback, "on_log", 1, fp16=True, logs={"loss": math.nan, "grad_norm": 1.0})
+    for step in range(2, 18):
+        call(callback, "on_log", step, fp16=True, logs={"loss": 1.0, "grad_norm": math.inf})
+    assert toy.curves() == [(step, {"reward/loss": 1.0}) for step in range(2, 18)]
+    with pytest.raises(TrainingError, match="the grad_norm is inf at step 18"):
+        call(callback, "on_log", 18, fp16=True, logs={"loss": 1.0, "grad_norm": math.inf})
 
 
 def test_progress_has_the_loss_once_there_is_one(toy: Any) -> None:
@@ -183,7 +196,7 @@ def test_progress_has_the_loss_once_there_is_one(toy: Any) -> None:
     tracker = SimpleNamespace(
         progress=lambda done, total, **live: seen.append((done, total, live)), log=lambda *_: None
     )
-    callback = training.PipelineCallback(toy.context("sft", tracker=tracker))
+    callback = PipelineCallback(toy.context("sft", tracker=tracker))
     call(callback, "on_step_end", 1)
     call(callback, "on_log", 1, logs={"loss": 1.5})
     call(callback, "on_step_end", 2)
@@ -192,7 +205,7 @@ def test_progress_has_the_loss_once_there_is_one(toy: Any) -> None:
 
 def test_evaluation_is_at_the_end_of_each_epoch_but_the_last(toy: Any) -> None:
     model = torch.nn.Linear(1, 1)
-    callback = training.PipelineCallback(toy.context("sft"), lambda: model.eval() and {"validation_loss": 1.0})
+    callback = PipelineCallback(toy.context("sft"), lambda: model.eval() and {"validation_loss": 1.0})
     controls = [call(callback, "on_step_end", step, model=model) for step in (1, 2, 3, 4)]
     assert toy.curves() == [(2, {"sft/validation_loss": 1.0})]
     assert [control.should_log for control in controls] == [False, False, False, True]  # the last steps are logged
@@ -201,13 +214,13 @@ def test_evaluation_is_at_the_end_of_each_epoch_but_the_last(toy: Any) -> None:
 
 def test_resume_goes_back_to_the_last_good_checkpoint_and_its_journal(toy: Any) -> None:
     context = toy.context("sft")
-    callback = training.PipelineCallback(context)
+    callback = PipelineCallback(context)
     for step in (1, 2, 3, 4):
         context.tracker.log({"sft/loss": float(step)}, step)
         (context.checkpoints / f"checkpoint-{step}").mkdir()
         call(callback, "on_save", step, output_dir=context.checkpoints)
     assert [path.name for path in sorted(context.checkpoints.iterdir())] == ["checkpoint-3", "checkpoint-4"]
-    (context.checkpoints / "checkpoint-4" / training.MARK).write_text(json.dumps({"mark": 0}))  # torn
+    (context.checkpoints / "checkpoint-4" / MARK).write_text(json.dumps({"mark": 0}))  # torn
 
     again = toy.context("sft", tracker=JournalTracker(toy.journal()))
     assert training.resume_from(again) == context.checkpoints / "checkpoint-3"
