@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.5
 CANCELLING_SECONDS = 45.0  # more than a cancellation takes, on another machine too
+PAUSED = "up.paused"  # in the home folder: the pool is paused by rlhf up, and not by a person
 UNENDED = ("RUNNING", "PENDING", "CANCELLING")  # types of states
 
 
@@ -108,8 +110,35 @@ def _correct(client: SyncPrefectClient, run: FlowRun) -> None:
     forget_flow_run(home_directory(), str(run.id))
 
 
+def pause(home: Path, pool: str = POOL) -> None:
+    """Let no worker begin a run of the pool, until :func:`go_on`. One that a person has paused is left to that person.
+
+    A file in the home folder says so first: :func:`go_on` finds it, also after this process has been killed.
+    """
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolUpdate
+
+    with get_client(sync_client=True) as client:
+        if not client.read_work_pool(pool).is_paused:
+            (home / PAUSED).touch()
+            client.update_work_pool(pool, WorkPoolUpdate(is_paused=True))
+
+
+def go_on(home: Path, pool: str = POOL) -> None:
+    """End the pause that :func:`pause` began, if it did."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.actions import WorkPoolUpdate
+
+    if (home / PAUSED).exists():
+        with get_client(sync_client=True) as client:
+            client.update_work_pool(pool, WorkPoolUpdate(is_paused=False))
+        (home / PAUSED).unlink()
+
+
 def cancel_all(timeout: float, pool: str = POOL) -> tuple[list[str], list[str]]:
     """Cancel every run of the pool, and wait for their processes; names of those that ended, and of those made Crashed.
+
+    The pool is paused, or else runs that wait would take the places of those that end.
 
     Args:
         timeout: seconds that running stages get to write a checkpoint and end.
@@ -118,18 +147,22 @@ def cancel_all(timeout: float, pool: str = POOL) -> tuple[list[str], list[str]]:
     from prefect.client.orchestration import get_client
     from prefect.states import Cancelled, Cancelling, Crashed
 
+    asked: dict[UUID, str] = {}  # names
+    deadline = time.monotonic() + timeout
     with get_client(sync_client=True) as client:
-        asked = _runs(pool)
-        for run in asked:
-            pending = _type(run) == "PENDING"
-            client.set_flow_run_state(run.id, Cancelled() if pending else Cancelling(), force=pending)
-        deadline = time.monotonic() + timeout
-        while (left := _runs(pool)) and time.monotonic() < deadline:
+        while left := _runs(pool):
+            for run in left:
+                if run.id not in asked:  # at first all; later, what the worker had taken before the pause
+                    pending = _type(run) == "PENDING"
+                    client.set_flow_run_state(run.id, Cancelled() if pending else Cancelling(), force=pending)
+                    asked[run.id] = run.name
+            if time.monotonic() > deadline:
+                break
             time.sleep(POLL_SECONDS)
         for run in left:
             client.set_flow_run_state(run.id, Crashed(message="rlhf up was stopped."), force=True)
-    crashed = [run.name for run in left]
-    return [run.name for run in asked if run.name not in crashed], crashed
+    crashed = [run.id for run in left]
+    return [name for key, name in asked.items() if key not in crashed], [asked[key] for key in crashed]
 
 
 def _runs(pool: str) -> Sequence[FlowRun]:

@@ -15,24 +15,28 @@ import signal
 import socket
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
+from urllib.parse import parse_qsl, urlencode
 
+import psutil
 from rich.console import Console
 
 from flows.children import Child
 from flows.heartbeats import SERVER_ENVIRONMENT
+from flows.project import PROJECT
 from flows.server import configure
 from rlhf.errors import ConfigError
 from rlhf.locations import home_directory
 from rlhf.locks import try_lock, unlock
 from rlhf.stores import open_store
-from tasks.mlflow_server import default_uri
+from tasks.mlflow_server import UI_URL, default_uri, for_browsers, without_password
 
 ABOUT = "Start Prefect, MLflow, the deployments and a worker on this machine; Ctrl-C ends all of it."
 LOCK, STATE = "up.lock", "up.json"
+EVERYWHERE = "0.0.0.0"  # every address of this machine; no browser opens it
 WORKER = f"rlhf-up-{socket.gethostname()}"
 READY_SECONDS = 180.0
 LOOK_SECONDS = 10.0  # between two looks at runs that are being cancelled
@@ -76,14 +80,7 @@ def up(options: argparse.Namespace, console: Console) -> int:
     try:
         (home / STATE).unlink(missing_ok=True)  # of one that was killed
         _check_ports(options)
-        addresses = Addresses(
-            os.getpid(),
-            f"http://{options.host}:{options.prefect_port}",
-            f"http://{options.host}:{options.mlflow_port}",
-            str(home),
-        )
-        _set_environment(home, addresses)
-        return _serve(options, addresses, console)
+        return _serve(options, _set_environment(home, options), console)
     finally:
         (home / STATE).unlink(missing_ok=True)
         unlock(lock)
@@ -127,16 +124,39 @@ def _check_ports(options: argparse.Namespace) -> None:
                 ) from None
 
 
-def _set_environment(home: Path, addresses: Addresses) -> None:
-    """What this process and its children work with."""
+def _set_environment(home: Path, options: argparse.Namespace) -> Addresses:
+    """What this process and its children work with; the addresses for people, of which the user may name others."""
+    here = "127.0.0.1" if options.host == EVERYWHERE else options.host
+    there = _outward_address() if options.host == EVERYWHERE else options.host
     os.environ |= {
         "RLHF_HOME": str(home),
-        "PREFECT_API_URL": f"{addresses.prefect}/api",
-        "PREFECT_UI_URL": addresses.prefect,
-        "MLFLOW_TRACKING_URI": addresses.mlflow,
+        "PREFECT_API_URL": f"http://{here}:{options.prefect_port}/api",
+        "MLFLOW_TRACKING_URI": f"http://{here}:{options.mlflow_port}",
         "MLFLOW_DISABLE_TELEMETRY": "true",
     }
+    prefect = os.environ.setdefault("PREFECT_UI_URL", f"http://{there}:{options.prefect_port}")
+    mlflow = os.environ.setdefault(UI_URL, f"http://{there}:{options.mlflow_port}")
     configure(home)
+    return Addresses(os.getpid(), prefect, mlflow, str(home))
+
+
+def _outward_address() -> str:
+    """This machine's address on the way to others; that of the loopback where there is none. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+        try:
+            way.connect(("192.0.2.1", 9))  # an address for documentation (RFC 5737)
+        except OSError:
+            return "127.0.0.1"
+        return str(way.getsockname()[0])
+
+
+def _browsers(options: argparse.Namespace) -> dict[str, str]:
+    """What MLflow's server is told of the addresses by which browsers reach it."""
+    hosts = [options.host]
+    if options.host == EVERYWHERE:
+        own = (one.address for many in psutil.net_if_addrs().values() for one in many if one.family == socket.AF_INET)
+        hosts = [*own, socket.gethostname(), socket.getfqdn()]
+    return for_browsers([os.environ[UI_URL], *(f"http://{host}:{options.mlflow_port}" for host in hosts)])
 
 
 def _programs(options: argparse.Namespace, home: Path) -> tuple[Child, Child, Child]:
@@ -154,7 +174,7 @@ def _programs(options: argparse.Namespace, home: Path) -> tuple[Child, Child, Ch
         scheme, _, rest = url.partition("://")
         if not scheme.startswith("postgresql") or not rest:
             raise ConfigError(f"--database-url {scheme}://...: must be postgresql://user@host:port/name")
-        prefect_environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = f"postgresql+asyncpg://{rest}"
+        prefect_environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = _prefect_database(rest)
         mlflow_store = _mlflow_database(rest)
     address = ("--host", options.host, "--port")
     prefect = Child(
@@ -170,7 +190,11 @@ def _programs(options: argparse.Namespace, home: Path) -> tuple[Child, Child, Ch
             *("--artifacts-destination", (home / "mlartifacts").as_uri()),
         ],
         # The address of the database may hold a password, which a command line would show to everyone.
-        {"MLFLOW_BACKEND_STORE_URI": mlflow_store, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+        {
+            "MLFLOW_BACKEND_STORE_URI": mlflow_store,
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            **_browsers(options),
+        },
         logs / "mlflow.log",
     )
     from flows.deployments import POOL
@@ -182,13 +206,34 @@ def _programs(options: argparse.Namespace, home: Path) -> tuple[Child, Child, Ch
             *("--limit", str(options.runs), "--name", WORKER),
         ],
         {
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(Path.cwd()), os.environ.get("PYTHONPATH")))),
+            PROJECT: os.environ.get(PROJECT) or str(Path.cwd()),
             "PREFECT_WORKER_QUERY_SECONDS": "2",
             "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "INFO",
         },
         logs / "worker.log",
     )
     return prefect, mlflow, worker
+
+
+def _prefect_database(rest: str) -> str:
+    """The address of Prefect's tables, as asyncpg takes it: it has another name for ``sslmode``, and no other options.
+
+    Args:
+        rest: user, host, port and name of the database, as in ``--database-url``.
+
+    Raises:
+        ConfigError: an option that asyncpg does not have.
+    """
+    place, _, query = rest.partition("?")
+    options = dict(parse_qsl(query))
+    if other := sorted(options.keys() - {"sslmode", "host", "port", "user", "password"}):
+        raise ConfigError(
+            f"--database-url: the option {other[0]!r} is not one that Prefect and MLflow both take; sslmode is. Others "
+            "belong into the environment, as PGSSLROOTCERT and PGPASSWORD"
+        )
+    if "sslmode" in options:
+        options["ssl"] = options.pop("sslmode")
+    return f"postgresql+asyncpg://{place}{'?' if options else ''}{urlencode(options)}"
 
 
 def _mlflow_database(rest: str) -> str:
@@ -207,11 +252,13 @@ def _mlflow_database(rest: str) -> str:
             "--database-url: MLflow needs psycopg2 for PostgreSQL; pip install 'rlhf-pipeline[postgres]'"
         ) from None
     try:
-        with psycopg2.connect(f"postgresql://{rest}", connect_timeout=30) as connection:
+        with closing(psycopg2.connect(f"postgresql://{rest}", connect_timeout=30)) as connection, connection:
             connection.cursor().execute("CREATE SCHEMA IF NOT EXISTS mlflow")
-        connection.close()
-    except psycopg2.OperationalError as error:
-        raise ConfigError(f"--database-url: the database does not answer: {error}".strip()) from None
+    except psycopg2.Error as error:
+        raise ConfigError(
+            f"--database-url: PostgreSQL does not answer, or refuses: {without_password(str(error).strip())}; write "
+            "postgresql://user@host:port/name, of a database in which the user may make schemas and tables"
+        ) from None
     return f"postgresql+psycopg2://{rest}{'&' if '?' in rest else '?'}options=-csearch_path%3Dmlflow"
 
 
@@ -221,10 +268,10 @@ def _serve(options: argparse.Namespace, addresses: Addresses, console: Console) 
     prefect, mlflow, worker = _programs(options, home)
     stopping = _Stop()
     try:
-        for child, health in ((prefect, f"{addresses.prefect}/api/health"), (mlflow, f"{addresses.mlflow}/health")):
+        for child, url in ((prefect, "PREFECT_API_URL"), (mlflow, "MLFLOW_TRACKING_URI")):
             child.start()
             console.print(f"starting {child.name} ...", highlight=False)
-            _wait_until_ready(child, health, stopping)
+            _wait_until_ready(child, f"{os.environ[url]}/health", stopping)
         import httpx
         from prefect.exceptions import PrefectHTTPStatusError
 
@@ -232,6 +279,7 @@ def _serve(options: argparse.Namespace, addresses: Addresses, console: Console) 
         from flows.reaper import reap, reap_cancelled, reap_killed
 
         made = apply(shipped())
+        _go_on(home, console)  # if one was killed while it stopped
         for name in reap(WORKER):
             console.print(GONE.format(name), highlight=False)
         worker.start()
@@ -255,9 +303,13 @@ def _serve(options: argparse.Namespace, addresses: Addresses, console: Console) 
         pass
     finally:
         console.print("\nstopping ...")
-        if prefect.exit_code is None and worker.pid is not None:
-            _end_runs(console)
-        for child in (worker, mlflow, prefect):
+        asked = prefect.exit_code is None and worker.pid is not None
+        if asked:
+            _end_runs(home, console)
+        worker.stop()
+        if asked:
+            _go_on(home, console)
+        for child in (mlflow, prefect):
             child.stop()
     return 0
 
@@ -301,11 +353,12 @@ def _wait_until_ready(child: Child, url: str, stopping: _Stop) -> None:
     raise RuntimeError(f"{child.name} does not answer at {url}; see {child.log}")
 
 
-def _end_runs(console: Console) -> None:
-    """Cancel what is running, and wait for it; what does not end is marked as crashed."""
-    from flows.reaper import cancel_all
+def _end_runs(home: Path, console: Console) -> None:
+    """Cancel what is running, and wait for it; what does not end is marked as crashed, and what waits stays waiting."""
+    from flows.reaper import cancel_all, pause
 
     try:
+        pause(home)
         cancelled, crashed = cancel_all(STOP_SECONDS)
     except Exception as error:
         console.print(f"Prefect does not answer, so its runs could not be ended: {error}", highlight=False)
@@ -313,3 +366,13 @@ def _end_runs(console: Console) -> None:
     for names, verb in ((cancelled, "cancelled"), (crashed, "marked as crashed")):
         if names:
             console.print(f"{verb}: {', '.join(names)}; the same run goes on from its last checkpoint", highlight=False)
+
+
+def _go_on(home: Path, console: Console) -> None:
+    """Let workers begin runs again, if this or an earlier ``rlhf up`` has paused them."""
+    from flows.reaper import go_on
+
+    try:
+        go_on(home)
+    except Exception as error:
+        console.print(f"Prefect does not answer, so runs begin again with the next rlhf up: {error}", highlight=False)

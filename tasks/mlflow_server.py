@@ -7,17 +7,18 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from rlhf.locks import locked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+UI_URL = "RLHF_MLFLOW_UI_URL"  # where people's browsers find the server of MLFLOW_TRACKING_URI
 VIEW = "rlhf"  # key of the view of the runs table that is provided: ...?viewStateShareKey=rlhf
 # Answers to a request that the server will never take. Every other error may be over in a while.
 _PERMANENT = frozenset({"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "RESOURCE_ALREADY_EXISTS", "INVALID_STATE"})
@@ -38,6 +39,38 @@ def default_uri(home: Path) -> str:
 def tracking_uri(given: str | None, home: Path) -> str:
     """Where a run's metrics go: what its configuration says, else ``MLFLOW_TRACKING_URI``, else the home folder."""
     return given or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(home)
+
+
+def ui_url(tracking_uri: str) -> str | None:
+    """Where a browser finds a server, without user and password; None for a store that is not a server.
+
+    That is ``RLHF_MLFLOW_UI_URL`` for the server of ``MLFLOW_TRACKING_URI``, whose name may mean something to workers
+    only, and else the tracking URI.
+    """
+    if not tracking_uri.startswith("http"):
+        return None
+    public = os.environ.get(UI_URL) if tracking_uri == os.environ.get("MLFLOW_TRACKING_URI") else None
+    return without_password(public or tracking_uri).rstrip("/")
+
+
+def for_browsers(urls: Iterable[str]) -> dict[str, str]:
+    """The environment in which MLflow's server takes what browsers send that see it under these addresses.
+
+    It takes hosts and origins of its own machine anyway, of others only those that it is told: its protection from DNS
+    rebinding and from forms of other sites. What the environment says already goes before.
+    """
+    parts = [urlsplit(url.lower()) for url in urls]
+    found = {
+        "MLFLOW_SERVER_ALLOWED_HOSTS": [
+            "localhost",
+            "127.0.0.1",
+            "localhost:*",
+            "127.0.0.1:*",
+            *(p.netloc for p in parts),
+        ],
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": [f"{part.scheme}://{part.netloc}" for part in parts],
+    }
+    return {name: os.environ.get(name) or ",".join(dict.fromkeys(values)) for name, values in found.items()}
 
 
 @lru_cache

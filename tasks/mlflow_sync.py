@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from rlhf.locks import try_lock, unlock
 from tasks import mlflow_files
 from tasks.journal import JOURNAL, PARENT, end_if_abandoned, operations
-from tasks.mlflow_server import brief, connect, error_code, experiment_id, is_permanent, key, without_password
+from tasks.mlflow_server import brief, connect, error_code, experiment_id, is_permanent, key, ui_url, without_password
 from tasks.mlflow_server import tags as tags_of
 
 if TYPE_CHECKING:
@@ -127,11 +127,10 @@ def pending_one_by_one(runs: Path, tracking_uri: str) -> Iterator[bool]:
 
 def run_urls(directory: Path, tracking_uri: str) -> dict[str, str]:
     """Where a browser shows the parent run (``PARENT``) and those of the stages, as far as a server has them."""
-    state = Shipped.read(directory)
-    if not tracking_uri.startswith("http"):
+    state, base = Shipped.read(directory), ui_url(tracking_uri)
+    if base is None:
         return {}
-    base = f"{without_password(tracking_uri).rstrip('/')}/#/experiments/{state.experiment_id}/runs"
-    return {run: f"{base}/{run_id}" for run, run_id in state.runs.items()}
+    return {run: f"{base}/#/experiments/{state.experiment_id}/runs/{run_id}" for run, run_id in state.runs.items()}
 
 
 class Replay:
