@@ -5,14 +5,21 @@ while the others wait for it; stages that train take turns for the slot ``resour
 """
 
 import os
-from collections.abc import Sequence
-from itertools import product
+import time
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from itertools import islice, product
+from multiprocessing import active_children
+from multiprocessing.process import BaseProcess
+from queue import SimpleQueue
 from typing import Annotated, Any, Literal
 
 from prefect import flow, get_run_logger, task
+from prefect.futures import PrefectFuture
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 from pydantic import Field
 
+from flows.cancelling import cancellable
 from flows.pipeline import pipeline
 from rlhf.config import PipelineConfig
 from rlhf.errors import ConfigError, RlhfError
@@ -22,8 +29,11 @@ from rlhf.stores import open_store
 from rlhf.yaml12 import read_mapping, write_value
 from tasks.lifetime import end_with
 from tasks.prefect_server import flow_run_alive
+from tasks.stopping import STOP_SECONDS
 
 MOST_RUNS = 1000
+END_SECONDS = STOP_SECONDS + 3.0  # for all runs to end with a checkpoint, when the sweep is stopped
+Runner = TaskRunner[Any]
 
 
 def combinations(over: Sequence[str]) -> list[tuple[str, ...]]:
@@ -55,6 +65,7 @@ def one(config: PipelineConfig) -> dict[str, Any]:
 
 
 @flow(name="sweep", flow_run_name="sweep {source}", validate_parameters=True, persist_result=False)
+@cancellable
 def sweep(
     source: str = "demo",
     size: str = "",
@@ -89,11 +100,10 @@ def sweep(
         chosen[named.name] = settings, named
     done: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
-    with flow_run_alive(store.home), _runner(where, runs) as runner:
-        futures = {name: runner.submit(one, {"config": config}) for name, (_, config) in chosen.items()}
-        for name, future in futures.items():
+    with flow_run_alive(store.home), (_processes if where == "processes" else _ray)(runs) as runner:
+        for name, run in _ended(runner, {name: config for name, (_, config) in chosen.items()}, runs):
             try:
-                done[name] = {"settings": list(chosen[name][0]), **future.result()}
+                done[name] = {"settings": list(chosen[name][0]), **run.result()}
                 get_run_logger().info("%s done: %s", name, ", ".join(chosen[name][0]))
             except Exception as error:
                 failed[name] = str(error)
@@ -101,20 +111,87 @@ def sweep(
     if failed:
         words = "; ".join(f"{name} ({', '.join(chosen[name][0])}): {why}" for name, why in failed.items())
         raise RlhfError(f"{len(failed)} of {len(chosen)} runs failed: {words}")
-    return done
+    return {name: done[name] for name in chosen}
 
 
-def _runner(where: str, runs: int) -> TaskRunner[Any]:
-    """What starts the runs.
+def _ended(
+    runner: Runner, configs: Mapping[str, PipelineConfig], runs: int
+) -> Iterator[tuple[str, PrefectFuture[Any]]]:
+    """Each run as soon as it has ended; at most ``runs`` are under way at once, whatever room a cluster has."""
+    futures: dict[str, PrefectFuture[Any]] = {}
+    ended: SimpleQueue[str] = SimpleQueue()
+    waiting = iter(configs.items())
+
+    def start(most: int) -> None:
+        for name, config in islice(waiting, most):
+            futures[name] = runner.submit(one, {"config": config})
+            futures[name].add_done_callback(lambda _, name=name: ended.put(name))  # type: ignore[misc]
+
+    start(runs)
+    for _ in configs:
+        name = ended.get()
+        start(1)
+        yield name, futures[name]
+
+
+@contextmanager
+def _processes(runs: int) -> Iterator[Runner]:
+    """Carries runs in processes of this machine, none of which outlives this one.
+
+    By itself, Prefect waits for the end of every run, even if the sweep is cancelled.
+    """
+    others = set(active_children())
+    with ProcessPoolTaskRunner(max_workers=runs, initializer=_begin, initargs=(os.getpid(),)) as runner:
+        try:
+            yield runner
+        except BaseException:
+            _end_all_but(others)
+            raise
+
+
+def _begin(parent: int) -> None:
+    """What the process of a run does first: Ctrl-C in the terminal is the sweep's alone, which ends it by SIGTERM."""
+    os.setpgrp()
+    end_with(parent)
+
+
+def _end_all_but(others: Set[BaseProcess], seconds: float = END_SECONDS) -> None:
+    """End the processes of runs: asked to first, as if each run was cancelled, made to after so many seconds."""
+    deadline = time.monotonic() + seconds
+    asked: set[BaseProcess] = set()
+    while alive := set(active_children()) - others:
+        for process in alive - asked:
+            process.terminate()
+        asked |= alive
+        if time.monotonic() > deadline:
+            for process in alive:
+                process.kill()
+        time.sleep(0.05)
+
+
+@contextmanager
+def _ray(runs: int) -> Iterator[Runner]:
+    """Carries runs on the Ray cluster of RAY_ADDRESS or of this machine; on one of its own, where there is none.
 
     Raises:
-        ConfigError: Ray is not installed.
+        ConfigError: Ray is not installed, or the cluster of RAY_ADDRESS does not answer.
     """
-    if where == "processes":  # none of which outlives this one
-        return ProcessPoolTaskRunner(max_workers=runs, initializer=end_with, initargs=(os.getpid(),))
     try:
+        import ray  # type: ignore[import-not-found, unused-ignore]
         from prefect_ray import RayTaskRunner
     except ImportError:
         raise ConfigError("where is `ray`, but Ray is not installed: pip install 'rlhf-pipeline[ray]'") from None
-    runner: TaskRunner[Any] = RayTaskRunner(init_kwargs={"num_cpus": runs})
-    return runner
+    try:
+        ray.init(address="auto")
+    except ConnectionError as error:
+        if address := os.environ.get("RAY_ADDRESS"):
+            raise ConfigError(
+                f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there ({error}); start it, or unset "
+                "RAY_ADDRESS, and the runs are on this machine"
+            ) from None
+        ray.init(address="local", num_cpus=runs)
+    try:
+        with RayTaskRunner() as runner:
+            yield runner
+    finally:
+        ray.shutdown()

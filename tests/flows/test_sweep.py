@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sqlite3
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import httpx
+import psutil
 import pytest
 
 from flows.sweep import MOST_RUNS, combinations
 from rlhf.errors import ConfigError
+from rlhf.runs import read_runs
 from tests.flows.sleeping import PLAN, sleeps
 from tests.rlhf.projects import good
+from tests.team.conftest import wait_for
 
 SHORT = (
     "judge=off",
@@ -41,19 +48,24 @@ KL_COEFS = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.08]
 SECONDS = {"prepare": 0.3, "sft": 0.3, "ppo": 6.0, "evaluate": 0.3}
 
 
-def sweep(
+SLEEPING = (str(Path(__file__).with_name("sleeping.py")),)
+
+
+def command_of(
     folder: Path, *arguments: str, program: Sequence[str] = ("-m", "flows.cli"), **environment: str
-) -> subprocess.CompletedProcess[str]:
+) -> tuple[list[str], dict[str, Any]]:
+    """What to run, and with what: arguments of ``subprocess.run``."""
     config = folder / "config.yaml"
     settings = [word for setting in (*SHORT, "tracking.enabled=false") for word in ("--set", setting)]
     own = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "RLHF"))}
-    return subprocess.run(
-        [sys.executable, *program, "sweep", str(config), "--json", *settings, *arguments],
-        env={**own, **environment, "RLHF_HOME": str(folder / "home"), "PYTHONPATH": str(Path(__file__).parents[2])},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+    paths = {"RLHF_HOME": str(folder / "home"), "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, *program, "sweep", str(config), "--json", *settings, *arguments]
+    return command, {"env": {**own, **environment, **paths}, "cwd": folder}
+
+
+def sweep(folder: Path, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command, settings = command_of(folder, *arguments, **options)
+    return subprocess.run(command, **settings, capture_output=True, text=True)
 
 
 def test_combinations() -> None:
@@ -89,14 +101,41 @@ def test_eight_runs_keep_two_slots_busy(tmp_path: Path) -> None:
     good(tmp_path)
     plan = {"file": str(tmp_path / "sleeps.jsonl"), "runs": len(KL_COEFS), "seconds": SECONDS}
     options = ("--over", f"ppo.kl_coef={KL_COEFS}", "--runs", "8", "--set", "resources.slots=2")
-    program = (str(Path(__file__).with_name("sleeping.py")),)
-    done = sweep(tmp_path, *options, program=program, **{PLAN: json.dumps(plan)})
+    done = sweep(tmp_path, *options, program=SLEEPING, **{PLAN: json.dumps(plan)})
     assert done.returncode == 0, done.stderr
     slept = sleeps(tmp_path / "sleeps.jsonl")
     assert Counter(one.stage for one in slept) == {"prepare": 1, "sft": 1, "ppo": 8, "evaluate": 8}
     assert max(sum(other.begin <= one.begin < other.end for other in slept) for one in slept) == 2
     took = max(one.end for one in slept) - min(one.begin for one in slept)
     assert took <= 1.15 * sum(one.seconds for one in slept) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("cancelled", [True, False])
+def test_a_sweep_that_is_stopped_leaves_nothing_running(tmp_path: Path, cancelled: bool) -> None:
+    good(tmp_path)
+    notes = tmp_path / "sleeps.jsonl"
+    plan = {"file": str(notes), "runs": 2, "seconds": {"prepare": 0.1, "sft": 0.1, "ppo": 200.0, "evaluate": 0.1}}
+    options = ("--over", "ppo.kl_coef=[0.1, 0.2, 0.3]", "--runs", "2", "--set", "resources.slots=2")
+    command, settings = command_of(tmp_path, *options, program=SLEEPING, **{PLAN: json.dumps(plan)})
+    with subprocess.Popen(command, **settings, start_new_session=True) as sweeping:
+        wait_for(lambda: len(list((tmp_path / "home" / "work").glob("ppo-*"))) == 2, "two runs that are in ppo")
+        tree = psutil.Process(sweeping.pid).children(recursive=True)
+        if cancelled:  # as a worker does it
+            api = next(one.environ()["PREFECT_API_URL"] for one in tree if "PREFECT_API_URL" in one.environ())
+            [run] = httpx.post(f"{api}/flow_runs/filter", json={"flows": {"name": {"any_": ["sweep"]}}}).json()
+            state = {"state": {"type": "CANCELLING"}, "force": True}
+            httpx.post(f"{api}/flow_runs/{run['id']}/set_state", json=state).raise_for_status()
+            sweeping.send_signal(signal.SIGTERM)
+        else:
+            os.killpg(sweeping.pid, signal.SIGINT)  # as a terminal does
+        assert sweeping.wait(timeout=30) == (1 if cancelled else 130)
+    assert psutil.wait_procs(tree, timeout=5)[1] == []
+    assert [record.status for record in read_runs(tmp_path / "home")] == ["interrupted"] * 2
+    with sqlite3.connect(tmp_path / "home" / "prefect" / "prefect.db") as database:
+        [ended] = database.execute("SELECT state_type FROM flow_run WHERE name LIKE 'sweep %'")
+    assert ended == ("CANCELLED" if cancelled else "CRASHED",)
 
 
 @pytest.mark.slow
