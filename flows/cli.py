@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from flows.server import Server
     from rlhf.artifacts import Manifest
 
+DEFAULT_SOURCE = "demo"
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 
@@ -88,7 +90,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     if options.json:
         print(json.dumps({"stages": [_plan_row(plan) | {"metrics": _metrics(plan)} for plan in plans]}, indent=1))
     else:
-        summary.print_result(config, plans, store, console, up_to_date=all(plan.action == "cached" for plan in plans))
+        up_to_date = all(plan.action == "cached" for plan in plans)
+        summary.print_result(config, plans, store, console, up_to_date=up_to_date, words=_words(options))
     return DONE
 
 
@@ -184,11 +187,20 @@ def _deploy(options: argparse.Namespace, console: Console) -> None:
             "deploy puts deployments on a Prefect server, but PREFECT_API_URL does not name one; `rlhf up` starts one "
             "and prints its address (add /api)"
         )
+    import httpx
+
     from flows.deployments import apply, schedule, shipped
 
     configs = {one.name: one for one in [*(shipped() if options.shipped else []), config]}
-    made_now = [schedule(config, options.cron, options.timezone, options.pool)] if options.cron else []
-    for made in [*made_now, *apply(configs.values(), options.pool)]:
+    try:
+        found = [schedule(config, options.cron, options.timezone, options.pool)] if options.cron else []
+        found += apply(configs.values(), options.pool)
+    except httpx.HTTPError as error:
+        raise ConfigError(
+            f"PREFECT_API_URL is {os.environ['PREFECT_API_URL']!r}, where deploying failed ({type(error).__name__}: "
+            f"{error}); start the Prefect server (`rlhf up` does), or correct the address, which ends with /api"
+        ) from None
+    for made in found:
         console.print(f"{made.name}  {made.id}", highlight=False, markup=False, soft_wrap=True)
 
 
@@ -290,6 +302,14 @@ def _config(options: argparse.Namespace) -> PipelineConfig:
     return load(options.source, size=options.size, overrides=options.set or [])
 
 
+def _words(options: argparse.Namespace) -> str:
+    """What says on a command line which configuration this is, and where its artifacts are."""
+    given = [] if options.source == DEFAULT_SOURCE else [options.source]
+    for name in ("size", "store", "home"):
+        given += [f"--{name}", getattr(options, name)] if getattr(options, name) else []
+    return shlex.join([*given, *(word for text in options.set or [] for word in ("--set", text))])
+
+
 def _store(options: argparse.Namespace) -> Store:
     return open_store(options.home)
 
@@ -320,7 +340,7 @@ def _parser() -> argparse.ArgumentParser:
     as_json.add_argument("--json", action="store_true", help="print JSON, for a program to read")
     source = argparse.ArgumentParser(add_help=False)
     source.add_argument(
-        "source", nargs="?", default="demo", metavar="PRESET|FILE", help="preset or YAML file (default: demo)"
+        "source", nargs="?", default=DEFAULT_SOURCE, metavar="PRESET|FILE", help="preset or YAML file (default: demo)"
     )
     source.add_argument("--size", help="a size that the preset offers, such as smoke")
     source.add_argument("--set", action="append", metavar="K=V", help="override one value: --set ppo.kl_coef=0.1")

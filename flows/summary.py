@@ -54,9 +54,13 @@ def print_plan(plans: Sequence[StagePlan], console: Console) -> None:
 
 
 def print_result(
-    config: PipelineConfig, plans: Sequence[StagePlan], store: Store, console: Console, *, up_to_date: bool
+    config: PipelineConfig, plans: Sequence[StagePlan], store: Store, console: Console, *, up_to_date: bool, words: str
 ) -> None:
-    """The figures of a pipeline that is up to date, and where to look further."""
+    """The figures of a pipeline that is up to date, and where to look further.
+
+    Args:
+        words: what names the configuration on the command line; empty for the default one.
+    """
     metrics: dict[str, float] = {}
     for plan in plans:
         metrics |= plan.manifest.metrics if plan.manifest else {}
@@ -78,4 +82,8 @@ def print_result(
         console.print(f"MLflow:  {uri}", highlight=False, markup=False, soft_wrap=True)
     else:
         console.print(f"MLflow:  mlflow ui --backend-store-uri {uri}", highlight=False, markup=False, soft_wrap=True)
-    console.print("Again:   rlhf plan --set ppo.kl_coef=0.1    rlhf run --only ppo    rlhf runs", highlight=False)
+    stages = [plan.stage for plan in plans]
+    stage, setting = ("ppo", "ppo.kl_coef=0.1") if "ppo" in stages else (stages[-1], f"seed={config.seed + 1}")
+    named = f" {words}" if words else ""
+    again = (f"rlhf plan{named} --set {setting}", f"rlhf run{named} --only {stage}", "rlhf runs")
+    console.print(f"Again:   {'    '.join(again)}", highlight=False, markup=False, soft_wrap=True)

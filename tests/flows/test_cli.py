@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from flows.server import free_port
+
 Rlhf = Callable[..., tuple[int, str, str]]
 
 
@@ -86,6 +88,17 @@ def test_bad_usage_ends_with_2(arguments: list[str]) -> None:
     assert done.returncode == 2
     assert "usage: rlhf" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_deploy_without_a_server_says_where_it_looked(rlhf: Rlhf, monkeypatch: pytest.MonkeyPatch) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    url = f"http://127.0.0.1:{free_port()}/api"
+    monkeypatch.setenv("PREFECT_API_URL", url)
+    with temporary_settings({PREFECT_API_URL: url}):
+        code, out, error = rlhf("deploy", "demo")
+    assert (code, out) == (2, "")
+    assert error.startswith(f"rlhf: PREFECT_API_URL is '{url}', where deploying failed (ConnectError: ")
 
 
 @pytest.mark.parametrize(

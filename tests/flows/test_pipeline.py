@@ -59,6 +59,23 @@ def test_a_second_run_computes_nothing(done: Rlhf, calls: list[str], home: Path)
     assert len(list((home / "runs").iterdir())) == 1
 
 
+def again(out: str) -> list[str]:
+    """The commands that the end of a run proposes."""
+    line = next(line for line in out.splitlines() if line.startswith("Again:"))
+    return [command.strip() for command in line.removeprefix("Again:").split("    ") if command.strip()]
+
+
+def test_what_to_type_next_is_about_what_was_run(done: Rlhf, tmp_path: Path) -> None:
+    offline = "--set tracking.enabled=false"
+    assert again(done("run")[1]) == [
+        f"rlhf plan {offline} --set ppo.kl_coef=0.1", f"rlhf run {offline} --only ppo", "rlhf runs",
+    ]  # fmt: skip
+    (tmp_path / "my own.yaml").write_text(done("show", "demo", "--size", "smoke", "--set", "ppo=off")[1])
+    out = done("run", str(tmp_path / "my own.yaml"), "--until", "sft")[1]
+    words = f"'{tmp_path / 'my own.yaml'}' {offline}"
+    assert again(out) == [f"rlhf plan {words} --set seed=2", f"rlhf run {words} --only sft", "rlhf runs"]
+
+
 def test_a_changed_value_runs_its_stage_and_what_follows(done: Rlhf, calls: list[str]) -> None:
     rows = plan(done, "--set", "ppo.kl_coef=0.1")
     assert [name for name, row in rows.items() if row["action"] == "run"] == ["ppo", "evaluate"]
