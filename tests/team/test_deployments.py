@@ -72,11 +72,18 @@ def test_prefect_yaml(up: Up, pools: None, tmp_path: Path) -> None:
     assert docker["job_variables"]["env"] == {
         **ENVIRONMENT,
         "RLHF_HOME": "/state",
+        "RLHF_PROJECT": "/project",
         "RLHF_STORE": "s3://models/team",
         "MLFLOW_TRACKING_URI": "http://mlflow.example.org:5000",
         "MLFLOW_TRACKING_USERNAME": "somebody",
+        "RLHF_MLFLOW_UI_URL": "",  # which is the same as none
     }
     assert (kubernetes["work_pool_name"], kubernetes["job_variables"]["namespace"]) == (POOLS[1], "rlhf")
+    both = docker["job_variables"] | {"volumes": ["rlhf-state:/state", "/srv/project:/project:ro"]}
+    assert (nightly["work_pool_name"], nightly["job_variables"]) == (POOLS[0], both)
+    assert nightly["job_variables"]["image"] == "rlhf:cuda"
+    data = nightly["parameters"]["config"]["data"]
+    assert all(path.startswith("/project/") for paths in data.values() for path in paths)
     [schedule] = nightly["schedules"]
     assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == ("0 3 * * *", "Europe/Berlin")
     assert not schedule["active"]
