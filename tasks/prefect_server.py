@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
@@ -26,34 +27,38 @@ def is_private() -> bool:
     return bool(os.environ.get(PRIVATE))
 
 
-def patiently(call: Callable[[], T]) -> T:
+def patiently(call: Callable[[], T], within: float | None = None) -> T:
     """What a call of Prefect's API gives; again and again while the server is away or busy.
 
     Prefect's clients come back to a server that is busy after 2 seconds, which every other stage would pay on SQLite
     (``database is locked``); and to one that does not listen, as while it is started again, only if they have met it.
 
+    Args:
+        within: seconds (default: ``PATIENCE_SECONDS``).
+
     Raises:
-        Exception: the error of the last call: one that will not pass, or after ``PATIENCE_SECONDS``.
+        Exception: the error of the last call: one that will not pass, or after that time.
     """
+    seconds = PATIENCE_SECONDS if within is None else within
+    attempt = partial(quickly, call)
+    return retry(attempt, passes=is_away, tries=None, within=seconds, first=FIRST_SECONDS, sleep=time.sleep)
+
+
+def quickly(call: Callable[[], T]) -> T:
+    """What a call of Prefect's API gives, or its error, without the client's own attempts in between."""
     from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    def once() -> T:
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
-            return call()
-
-    return retry(once, passes=is_away, tries=None, within=PATIENCE_SECONDS, first=FIRST_SECONDS, sleep=time.sleep)
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}):
+        return call()
 
 
 def is_away(error: Exception) -> bool:
-    """Whether an error, or its cause, says that Prefect's server does not answer, or not now."""
+    """Whether an error says that Prefect's server does not answer, or not now."""
     import httpx
 
-    for one in (error, error.__cause__):
-        if isinstance(one, httpx.HTTPStatusError):
-            return one.response.status_code >= 500 or one.response.status_code in (408, 429)
-        if isinstance(one, httpx.TransportError):
-            return True
-    return False
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code >= 500 or error.response.status_code in (408, 429)
+    return isinstance(error, httpx.TransportError)
 
 
 def make_pool(name: str) -> None:

@@ -4,28 +4,37 @@ A slot is two things. A lock on this machine's home folder, which the kernel giv
 and which holds while Prefect's server is away and leases run out; and a lease of Prefect's global concurrency limit
 ``resources.slot``, which people see in the UI and which counts over all machines.
 
-The lock comes first: who waits for it goes on within ``POLL_SECONDS``. Whom Prefect refuses a lease asks again only
-after up to 40 seconds, so that on one machine only as many ask as there are slots.
+The lock comes first, so that on one machine only as many ask the server as there are slots.
 """
 
 from __future__ import annotations
 
+import random
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
+from contextvars import copy_context
 from pathlib import Path
-from types import TracebackType
+from uuid import UUID
 
-from prefect.concurrency.sync import concurrency
+import httpx
+from prefect import runtime
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import ConcurrencyLeaseHolder
 from prefect.logging import get_run_logger
 
 from rlhf.config import PipelineConfig
 from rlhf.locks import POLL_SECONDS, try_lock, unlock
 from rlhf.stages import stage_modules
-from tasks.prefect_server import is_away, is_private, make_limit, patiently
+from tasks.prefect_server import is_away, is_private, make_limit, patiently, quickly
 from tasks.run import Run
 
 LEASE_SECONDS = 60.0  # after which the slot of a holder that has died on another machine is free again
+RENEW_SECONDS = 15.0  # four attempts in a lease, so that a server may be away for most of it
+GIVE_BACK_SECONDS = 5.0  # which a server that is away may take of a run's end
+ASK_SECONDS = 3.0  # between two questions for a slot that another machine holds
+TAKEN, GONE = 423, 410  # HTTP status: all slots are taken; the lease has run out
 
 
 def takes_slot(stage: str, config: PipelineConfig) -> bool:
@@ -45,35 +54,65 @@ def slot(run: Run, stage: str) -> Iterator[None]:
             patiently(lambda: make_limit(name, slots))
         held.callback(unlock, _lock_one(run.store.home / "locks", name, slots))
         if not is_private():
-            held.enter_context(_lease(name))
+            held.callback(Lease(name).give_back)
         yield
 
 
-@contextmanager
-def _lease(name: str) -> Iterator[None]:
-    """Hold a lease of the limit. A server that is away is waited for at the beginning, and not at the end."""
+class Lease:
+    """A lease of a limit, which a thread renews until it is given back. A server that is away is waited for.
 
-    def take() -> AbstractContextManager[None]:
-        lease = concurrency(name, strict=True, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False)
-        lease.__enter__()
-        return lease
+    Prefect's own ends to be renewed when the server is away for three seconds, and asks for a slot that is taken only
+    every 40.
 
-    lease = patiently(take)
+    Args:
+        name: of the limit. It waits here until one of its slots is free.
+    """
 
-    def give_back(
-        kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> bool | None:
+    def __init__(self, name: str) -> None:
+        self._name = name
+        while (lease := patiently(self._ask)) is None:
+            time.sleep(ASK_SECONDS * random.SystemRandom().uniform(0.5, 1.5))
+        self._id = lease
+        self._over = threading.Event()
+        # In this context, Prefect's log knows which run this is.
+        self._keeper = threading.Thread(target=copy_context().run, args=(self._keep,), daemon=True)
+        self._keeper.start()
+
+    def give_back(self) -> None:
+        """Free the slot. If that fails, as while the server is away, it is free when the lease runs out."""
+        self._over.set()
+        self._keeper.join(GIVE_BACK_SECONDS)
         try:
-            return lease.__exit__(kind, error, traceback)
-        except Exception as failure:
-            if failure is error or not is_away(failure):
-                raise
-            get_run_logger().warning("the slot %r is free in %.0f s: Prefect's server is away", name, LEASE_SECONDS)
-            return None
+            patiently(self._release, within=GIVE_BACK_SECONDS)
+        except Exception as error:  # which is no reason for the stage to fail
+            get_run_logger().warning("the slot %r is free in %.0f s: %s", self._name, LEASE_SECONDS, error)
 
-    with ExitStack() as stack:
-        stack.push(give_back)
-        yield
+    def _release(self) -> None:
+        with get_client(sync_client=True) as client:
+            client.release_concurrency_slots_with_lease(self._id)
+
+    def _keep(self) -> None:
+        """Renew the lease now and then."""
+        while not self._over.wait(RENEW_SECONDS):
+            try:
+                quickly(self._renew)
+            except Exception as error:
+                if not is_away(error):
+                    get_run_logger().warning("the slot %r cannot be kept: %s", self._name, error)
+
+    def _renew(self) -> None:
+        """Renew the lease; if it has run out while the server was away, take another, unless someone else has."""
+        try:
+            with get_client(sync_client=True) as client:
+                client.renew_concurrency_lease(self._id, LEASE_SECONDS)
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != GONE:
+                raise
+            lease = self._ask()
+            if lease is None:
+                get_run_logger().warning("the slot %r was lost while Prefect's server was away", self._name)
+            else:
+                self._id = lease
 
 
 def _lock_one(folder: Path, name: str, slots: int) -> int:

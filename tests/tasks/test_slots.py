@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from contextlib import nullcontext
+from uuid import UUID, uuid4
 
 import httpx
 import pytest
-from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 
 from rlhf.retry import LONGEST_SECONDS
 from tasks import prefect_server, slots
-from tasks.prefect_server import is_away, patiently
+from tasks.prefect_server import patiently
+from tasks.slots import LEASE_SECONDS
 
 REQUEST = httpx.Request("POST", "http://127.0.0.1:9/api")
 AWAY = httpx.ConnectError("refused")
-AWAY.__cause__ = ConnectionRefusedError()  # httpx's errors have causes of their own
 
 
 def status(code: int) -> httpx.HTTPStatusError:
@@ -67,49 +67,91 @@ def test_patience_ends(pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> 
         patiently(call)
 
 
+class FakeServer:
+    """A limit with one slot: what is asked of it, and the errors that it answers with first."""
+
+    def __init__(self) -> None:
+        self.happened: list[str] = []
+        self.errors: dict[str, list[Exception]] = {"take": [], "renew": [], "release": []}
+        self.renewed = threading.Event()
+        self.leases: list[UUID] = []
+
+    def _answer(self, what: str) -> None:
+        self.happened.append(what)
+        if self.errors[what]:
+            raise self.errors[what].pop(0)
+
+    def increment_concurrency_slots_with_lease(
+        self, names: list[str], slots: int, mode: str, lease_duration: float, holder: object
+    ) -> httpx.Response:
+        assert (names, slots, mode, lease_duration) == (["gpu"], 1, "concurrency", LEASE_SECONDS)
+        self._answer("take")
+        self.leases.append(uuid4())
+        return httpx.Response(200, json={"lease_id": str(self.leases[-1]), "limits": []})
+
+    def renew_concurrency_lease(self, lease: UUID, seconds: float) -> None:
+        assert seconds == LEASE_SECONDS
+        assert lease == self.leases[-1]
+        self._answer("renew")
+        self.renewed.set()
+
+    def release_concurrency_slots_with_lease(self, lease: UUID) -> None:
+        assert lease == self.leases[-1]
+        self._answer("release")
+
+
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A limit on a server that is away at first, and again when the slot is given back; what happened to it."""
-    happened: list[str] = []
-
-    @contextmanager
-    def concurrency(name: str, **options: object) -> Iterator[None]:
-        happened.append("asked")
-        if happened.count("asked") < 3:
-            raise ConcurrencySlotAcquisitionError("Unable to acquire") from AWAY
-        try:
-            yield
-        finally:
-            happened.append("left")
-            raise AWAY
-
-    monkeypatch.setattr(slots, "concurrency", concurrency)
+def server(monkeypatch: pytest.MonkeyPatch) -> FakeServer:
+    """One that answers, and is asked to renew all the time."""
+    found = FakeServer()
+    monkeypatch.setattr(slots, "get_client", lambda **options: nullcontext(found))
     monkeypatch.setattr(slots, "get_run_logger", lambda: logging.getLogger("tasks.slots"))
-    return happened
+    monkeypatch.setattr(slots, "RENEW_SECONDS", 0.01)
+    return found
 
 
-def test_a_slot_of_a_server_that_comes_and_goes(
-    server: list[str], pauses: list[float], caplog: pytest.LogCaptureFixture
+def test_a_server_that_is_away_is_waited_for(server: FakeServer, pauses: list[float]) -> None:
+    server.errors["take"] = [AWAY, status(503)]
+    lease = slots.Lease("gpu")
+    assert server.renewed.wait(30)
+    lease.give_back()
+    assert [what for what in server.happened if what != "renew"] == ["take", "take", "take", "release"]
+
+
+def test_a_slot_that_another_machine_holds_is_waited_for(server: FakeServer, pauses: list[float]) -> None:
+    server.errors["take"] = [status(slots.TAKEN)] * 4
+    slots.Lease("gpu").give_back()
+    assert server.happened.count("take") == 5
+    assert len(pauses) == 4
+    assert all(slots.ASK_SECONDS / 2 <= pause <= slots.ASK_SECONDS * 1.5 for pause in pauses)
+
+
+def test_a_lease_is_renewed_whatever_becomes_of_the_server(
+    server: FakeServer, pauses: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
-    with slots._lease("gpu"):
-        server.append("computed")
-    assert server == ["asked", "asked", "asked", "computed", "left"]
+    server.errors["renew"] = [AWAY] * 20 + [status(slots.GONE)]
+    server.errors["take"] = []
+    lease = slots.Lease("gpu")
+    assert server.renewed.wait(30)
+    lease.give_back()
+    assert server.happened[:23] == ["take", *["renew"] * 21, "take"]  # it had run out: another one
+    assert caplog.text == ""
+
+
+def test_a_slot_that_is_lost_is_said(server: FakeServer, caplog: pytest.LogCaptureFixture) -> None:
+    lease = slots.Lease("gpu")
+    server.errors["take"] = [status(slots.TAKEN)]
+    server.errors["renew"] = [status(slots.GONE)]
+    assert server.renewed.wait(30) or caplog.text
+    lease.give_back()
+    assert "was lost while Prefect's server was away" in caplog.text
+
+
+@pytest.mark.parametrize("error", [AWAY, status(422)])
+def test_a_slot_that_cannot_be_given_back_fails_no_stage(
+    error: Exception, server: FakeServer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(slots, "GIVE_BACK_SECONDS", 0.3)
+    server.errors["release"] = [error] * 1000
+    slots.Lease("gpu").give_back()
     assert "free in 60 s" in caplog.text
-
-
-def test_the_error_of_a_stage_is_not_hidden(server: list[str], pauses: list[float]) -> None:
-    with pytest.raises(FloatingPointError, match="the loss is nan"), slots._lease("gpu"):
-        raise FloatingPointError("the loss is nan")
-    assert server[-1] == "left"
-
-
-def test_an_error_that_looks_the_same_is_the_stage_s_own(server: list[str], pauses: list[float]) -> None:
-    with pytest.raises(httpx.ConnectError, match="reward service"), slots._lease("gpu"):
-        raise httpx.ConnectError("reward service")
-
-
-def test_a_wrapped_error_is_away_by_its_cause() -> None:
-    wrapped = ConcurrencySlotAcquisitionError("Unable to acquire")
-    assert not is_away(wrapped)
-    wrapped.__cause__ = AWAY
-    assert is_away(wrapped)
