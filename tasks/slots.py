@@ -87,6 +87,21 @@ class Lease:
         except Exception as error:  # which is no reason for the stage to fail
             get_run_logger().warning("the slot %r is free in %.0f s: %s", self._name, LEASE_SECONDS, error)
 
+    def _ask(self) -> UUID | None:
+        """A lease, or None while all slots are taken."""
+        task_run = runtime.task_run.id
+        holder = ConcurrencyLeaseHolder(type="task_run", id=UUID(task_run)) if task_run else None
+        try:
+            with get_client(sync_client=True) as client:
+                answer = client.increment_concurrency_slots_with_lease(
+                    [self._name], 1, "concurrency", LEASE_SECONDS, holder
+                )
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code == TAKEN:
+                return None
+            raise
+        return UUID(answer.json()["lease_id"])
+
     def _release(self) -> None:
         with get_client(sync_client=True) as client:
             client.release_concurrency_slots_with_lease(self._id)
