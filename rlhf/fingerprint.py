@@ -12,14 +12,18 @@ import hashlib
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from rlhf.errors import ConfigError
+from rlhf.explain import did_you_mean
+from rlhf.locations import expanded
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "rlhf"
 PARSES = 20  # most attempts at one file
+BY_NAME = ("globals", "vars", "locals", "setattr", "exec", "modules")  # with these a file can make names as it runs
 
 # These move, lock, log, check and name; no number of a result comes from them. A test holds this list against what the
 # stages really import, so that a module is either fingerprinted or named here.
@@ -63,8 +67,15 @@ def code_fingerprint(path: Path) -> str:
     Raises:
         ConfigError: the file is not valid Python.
     """
-    try:
+    with _valid(path):
         return _fingerprint(path.read_bytes())
+
+
+@contextmanager
+def _valid(path: Path) -> Iterator[None]:
+    """Turns what a parser says of a file into a ConfigError."""
+    try:
+        yield
     except SyntaxError as error:
         raise ConfigError(f"{path}, line {error.lineno}: not valid Python: {error.msg}") from None
 
@@ -87,29 +98,73 @@ def _fingerprint(source: bytes) -> str:
 def function_file(reference: str) -> Path:
     """The source file of a user's function named as ``package.module:function`` or ``path/to/file.py:function``.
 
-    Nothing is imported: the module is looked up in the working folder and on ``sys.path``.
+    Nothing is imported: the module is looked up in the working folder and on ``sys.path``, the function in its syntax
+    tree.
 
     Raises:
-        ConfigError: there is no such file or module.
+        ConfigError: there is no such file, module or function.
     """
     module, _, function = reference.rpartition(":")
     if not module or not function.isidentifier():
         raise ConfigError(f"{reference!r} names no function; write `module:function` or `path/to/file.py:function`")
     if module.endswith(".py"):
-        path = Path(module).expanduser()
+        path = expanded(module, repr(reference))
         if not path.is_file():
             raise ConfigError(f"{reference!r}: there is no file {path.resolve()}")
-        return path
+        return _with(function, path, reference)
     parts = module.split(".")
     for folder in (ROOT, Path.cwd(), *map(Path, sys.path)):
         base = folder.joinpath(*parts)
         for path in (base.with_suffix(".py"), base / "__init__.py"):
             if path.is_file():
-                return path
+                return _with(function, path, reference)
     raise ConfigError(
         f"{reference!r}: no module {module!r} in {Path.cwd()} or among the installed packages; "
         "a file can be named directly: `path/to/file.py:function`"
     )
+
+
+def _with(function: str, path: Path, reference: str) -> Path:
+    """The file, if it has a function of this name.
+
+    Raises:
+        ConfigError: it has none, or is not valid Python.
+    """
+    with _valid(path):
+        names = _names(path.read_bytes())
+    if names is not None and function not in names:
+        raise ConfigError(
+            f"{reference!r}: {path.resolve()} has no {function!r}, neither defined nor imported at its top level"
+            f"{did_you_mean(function, names)}"
+        )
+    return path
+
+
+@cache  # by content
+def _names(source: bytes) -> frozenset[str] | None:
+    """The names at the top level of a file; None where it may make others as it runs."""
+    tree = _tree(source)
+    names = set(_bound(tree))
+    for node in ast.walk(tree):
+        used = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else None
+        if used in BY_NAME:
+            return None
+        if isinstance(node, ast.Global):
+            names.update(node.names)
+    return None if names & {"*", "__getattr__"} else frozenset(names)
+
+
+def _bound(tree: ast.AST) -> Iterator[str]:
+    """What definitions, imports and assignments bind, not those inside of functions and classes."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            yield from (alias.asname or alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        else:
+            yield from _bound(node)
 
 
 @cache  # by content

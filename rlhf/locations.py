@@ -14,7 +14,7 @@ STORE_VARIABLE = "RLHF_STORE"
 
 def home_directory(given: str | None = None) -> Path:
     """The folder of all state (artifacts, runs, databases): ``given``, else ``RLHF_HOME``, else ``./.rlhf``."""
-    return Path(given or os.environ.get("RLHF_HOME") or ".rlhf").expanduser().resolve()
+    return expanded(given or os.environ.get("RLHF_HOME") or ".rlhf", "--home (RLHF_HOME)").resolve()
 
 
 def shared_store_url() -> str | None:
@@ -40,17 +40,37 @@ def shared_store_url() -> str | None:
     return url
 
 
+def expanded(path: str, where: str) -> Path:
+    """A path with the home folder that ``~`` or ``~user`` at its beginning stands for.
+
+    Raises:
+        ConfigError: there is no such user; ``where`` is the setting that names the path.
+    """
+    try:  # a Path of ./~50 would be ~50
+        return Path(path).expanduser() if path.startswith("~") else Path(path)
+    except RuntimeError:
+        user = Path(path).parts[0]
+        raise ConfigError(
+            f"{where}: {path!r} begins with {user!r}, the home folder of a user that is not known here; for a file or "
+            f"folder of this name write ./{path}"
+        ) from None
+
+
 def demo_data_directory() -> Path:
     """Where the demo data lies: inside the installed package, or in ``data/`` of a checkout."""
     packaged = Path(__file__).parent / "demo_data"
     return packaged if packaged.is_dir() else Path(__file__).parent.parent / "data"
 
 
-def data_path(name: str) -> Path:
-    """The path that a file name in the configuration stands for; ``demo:x`` is a file of the demo data."""
+def data_path(name: str, where: str) -> Path:
+    """The path that a file name in the configuration stands for; ``demo:x`` is a file of the demo data.
+
+    Raises:
+        ConfigError: it begins with the home folder of an unknown user.
+    """
     if name.startswith(DEMO_PREFIX):
         return demo_data_directory() / name.removeprefix(DEMO_PREFIX)
-    return Path(name).expanduser()
+    return expanded(name, where)
 
 
 def matching_files(name: str, where: str) -> list[Path]:
@@ -58,12 +78,19 @@ def matching_files(name: str, where: str) -> list[Path]:
 
     Raises:
         DataError: there is none.
+        ConfigError: the pattern is malformed, or begins with the home folder of an unknown user.
     """
-    path = data_path(name)
+    path = data_path(name, where)
     if path.exists():
         return [path]
     if any(character in name for character in "*?["):
-        found = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path)))
+        try:
+            found = sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path)))
+        except ValueError as error:
+            raise ConfigError(
+                f"{where}: the pattern {name!r} is malformed: {error}; write data/*.jsonl for the files of a folder, "
+                "data/**/*.jsonl for those of the folders in it too"
+            ) from None
         if found:
             return found
         raise DataError(f"{where}: no file matches {name!r} (looked in {path.parent.resolve()})")
@@ -76,10 +103,12 @@ def named_by_argument(value: str, folder: Path) -> Path | None:
     A relative path starts at ``folder``. A folder counts only where a slash shows that one is meant: a label may have
     the name of a folder by chance.
     """
-    path = folder / Path(value).expanduser() if value and len(value) < 1000 and "\n" not in value else None
+    if not value or len(value) >= 1000 or "\n" in value:
+        return None
     try:
-        return path if path and (path.is_file() or ("/" in value and path.is_dir())) else None
-    except (OSError, ValueError):  # too long for a name, or with a null byte
+        path = folder / expanded(value, "arguments")
+        return path if path.is_file() or ("/" in value and path.is_dir()) else None
+    except (OSError, ValueError):  # too long for a name, with a null byte, or of an unknown user
         return None
 
 

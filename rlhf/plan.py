@@ -26,7 +26,7 @@ from rlhf.data.sources import Source, sources
 from rlhf.errors import ArtifactError, ConfigError, NotCachedError
 from rlhf.fingerprint import PACKAGE, ROOT, code_fingerprint, function_file, import_closure
 from rlhf.headlines import size
-from rlhf.locations import named_by_argument
+from rlhf.locations import expanded, named_by_argument
 from rlhf.rewards.registry import find, is_builtin
 from rlhf.schema import FunctionSpec, Section
 from rlhf.stages import STAGES, StageName, enabled_stages, reads_base, stage_inputs, stage_modules
@@ -173,6 +173,8 @@ class Planner:
                 table.update(self._argument(called.function, f"{name}.arguments.{argument}", value))
         if stage == "prepare":
             table.update(self._data_files())
+            if len(self.config.data.computed) > 1:  # a later one may read an earlier one
+                table["config.data.computed, in order"] = list(self.config.data.computed)
             for made in self.config.data.computed.values():
                 table.update(_code_of(made.function) if ":" in made.function else {})
                 table.update({f"library {name}": _version(name) for name in made.libraries})
@@ -241,7 +243,7 @@ class Planner:
 
     def _model(self, option: str, path: str, revision: str | None) -> str:
         """What identifies the model that an option names: the digest of a directory, or the commit of a hub model."""
-        local = Path(path).expanduser()
+        local = expanded(path, option)
         if local.is_dir():
             return self._hashes.of(local)
         from rlhf.hub import resolve_commit

@@ -21,7 +21,7 @@ from rlhf.config import PipelineConfig
 from rlhf.data.settings import KINDS
 from rlhf.errors import ConfigError
 from rlhf.explain import Marks, did_you_mean, explain, show
-from rlhf.locations import DEMO_PREFIX, HUB_PREFIX, named_by_argument
+from rlhf.locations import DEMO_PREFIX, HUB_PREFIX, expanded, named_by_argument
 from rlhf.schema import FunctionSpec, OptionalStage, Section, written
 from rlhf.yaml12 import read_mapping, write_value
 
@@ -155,7 +155,7 @@ def _read(source: str | Path) -> tuple[Document, str]:
     is_file = isinstance(source, Path) or text.endswith((".yaml", ".yml")) or "/" in text or "\\" in text
     if not is_file:
         return _read_preset(text), f"preset {text}"
-    path = Path(text).expanduser()
+    path = expanded(text, "the configuration")
     if path.is_dir():
         raise ConfigError(f"{path} is a folder, not a YAML file; name a file in it")
     if not path.exists():
@@ -206,34 +206,37 @@ def _clean(layer: Layer, folder: Path) -> Layer:
     for section_name, key in (*PATH_LISTS, *MODEL_PATHS, *OTHER_PATHS):
         settings = values.get(section_name)
         if isinstance(settings, dict) and settings.get(key):
-            settings[key] = _absolute(settings[key], folder, maybe_hub=(section_name, key) in MODEL_PATHS)
+            maybe_hub = (section_name, key) in MODEL_PATHS
+            settings[key] = _absolute(settings[key], folder, f"{section_name}.{key}", maybe_hub=maybe_hub)
     judge = values.get("judge")
     if isinstance(judge, dict):
-        judge |= {"function": _function(judge["function"], folder)} if "function" in judge else {}
+        judge |= {"function": _function(judge["function"], folder, "judge.function")} if "function" in judge else {}
         model = judge.get("model")
         if isinstance(model, dict) and model.get("path"):
-            judge["model"] = model | {"path": _absolute(model["path"], folder, maybe_hub=True)}
+            judge["model"] = model | {"path": _absolute(model["path"], folder, "judge.model.path", maybe_hub=True)}
     marks = dict(layer.marks)
     for section_name, key in FUNCTIONS:
         settings = values.get(section_name)
         if isinstance(settings, dict) and isinstance(settings.get(key), dict):
             old, settings[key] = settings[key], {}
             for name, entry in old.items():
-                settings[key][_function(name, folder)] = _entry(entry, folder)
+                where = f"{section_name}.{key}.{name}"
+                absolute = _function(name, folder, where)
+                settings[key][absolute] = _entry(entry, folder, where)
                 marks |= {
-                    (section_name, key, _function(name, folder), *path[3:]): mark
+                    (section_name, key, absolute, *path[3:]): mark
                     for path, mark in layer.marks.items()
                     if path[:3] == (section_name, key, name)
                 }
     return Layer(values, marks)
 
 
-def _absolute(value: Any, folder: Path, *, maybe_hub: bool) -> Any:
+def _absolute(value: Any, folder: Path, where: str, *, maybe_hub: bool) -> Any:
     if isinstance(value, list):
-        return [_absolute(item, folder, maybe_hub=maybe_hub) for item in value]
+        return [_absolute(item, folder, where, maybe_hub=maybe_hub) for item in value]
     if not isinstance(value, str) or not value or value.startswith((DEMO_PREFIX, HUB_PREFIX)):
         return value
-    path = folder / Path(value).expanduser()
+    path = folder / expanded(value, where)
     if maybe_hub and not value.startswith((".", "~", "/")) and not path.exists():
         return value
     if glob.has_magic(value) and not path.exists() and not Path(value).is_absolute():
@@ -241,16 +244,18 @@ def _absolute(value: Any, folder: Path, *, maybe_hub: bool) -> Any:
     return str(path)
 
 
-def _entry(entry: Any, folder: Path) -> Any:
+def _entry(entry: Any, folder: Path, where: str) -> Any:
     """An entry of the rewards or scorers with absolute paths."""
     if not isinstance(entry, dict):
-        return _function(entry, folder)
+        return _function(entry, folder, where)
     made = dict(entry)
     if "function" in made:
-        made["function"] = _function(made["function"], folder)
+        made["function"] = _function(made["function"], folder, f"{where}.function")
     if isinstance(made.get("arguments"), dict):
         made["arguments"] = {
-            name: _absolute(value, folder, maybe_hub=True) if name == "model" else _argument(value, folder)
+            name: _argument(value, folder)
+            if name != "model"
+            else _absolute(value, folder, f"{where}.arguments.model", maybe_hub=True)
             for name, value in made["arguments"].items()
         }
     return made
@@ -263,12 +268,12 @@ def _argument(value: Any, folder: Path) -> Any:
     return str(named_by_argument(value, folder) or value) if isinstance(value, str) else value
 
 
-def _function(reference: Any, folder: Path) -> Any:
+def _function(reference: Any, folder: Path, where: str) -> Any:
     """``file.py:function`` with an absolute file; anything else as it is."""
     if not isinstance(reference, str):
         return reference
     file, colon, name = reference.rpartition(":")
-    return f"{folder / Path(file).expanduser()}:{name}" if colon and file.endswith(".py") else reference
+    return f"{folder / expanded(file, where)}:{name}" if colon and file.endswith(".py") else reference
 
 
 def _merge(below: Layer | None, above: Layer | None) -> Layer:
@@ -311,7 +316,7 @@ def _override(text: str, values: dict[str, Any]) -> Layer:
     full = (*path, *parts)
     marks = {full[:length]: place for length in range(len(path) + 1, len(full) + 1)}
     if info and get_origin(kind) is dict and len(parts) > 1:
-        spec: type[FunctionSpec] = get_args(kind)[1]
+        spec: type[Section] = get_args(kind)[1]
         entry, inner = _split_entry(parts[1:], spec)
         full = (*path, parts[0])
         marks |= {(*full, entry, *inner[:length]): place for length in range(len(inner) + 1)}
@@ -343,9 +348,16 @@ def _split_entry(parts: list[str], spec: type[Section]) -> tuple[str, list[str]]
     return ".".join(parts[:end]), [inner[0], ".".join(inner[1:])] if len(inner) > 1 else inner
 
 
-def _with_part(present: Any, spec: type[FunctionSpec], inner: list[str], raw: str, place: str) -> dict[str, Any]:
+def _with_part(present: Any, spec: type[Section], inner: list[str], raw: str, place: str) -> dict[str, Any]:
     """An entry with one field, or one argument, set anew; no value takes it out."""
-    entry = dict(present) if isinstance(present, dict) else {} if present is None else {spec.PLAIN: present}
+    if isinstance(present, dict | None):
+        entry = dict(present or {})
+    elif issubclass(spec, FunctionSpec):
+        entry = {spec.PLAIN: present}
+    else:
+        raise ConfigError(
+            f"{place}: there is {show(present)}; must be a section with the keys {', '.join(spec.model_fields)}"
+        )
     field, *argument = inner
     holder, key = entry, field
     if argument:

@@ -33,15 +33,17 @@ def template_fields(template: str) -> list[str]:
     """
     here = f"data.prompt_template {show(template)}"
     try:
-        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+        fields = [(name, form or "") for _, name, form, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
         raise ConfigError(f"{here} is malformed: {error}; write a brace of the text as two") from None
-    for name in fields:
+    for name, form in fields:
         if not name or name.isdigit() or "." in name or "[" in name:
             raise ConfigError(f"{here}: {{{name}}} is not the name of a column; write one such as {{prompt}}")
+        if "{" in form:
+            raise ConfigError(f"{here}: the format {form!r} of {{{name}}} names a column; write the format out")
     if not fields:
         raise ConfigError(f"{here} names no column, so all prompts would be the same; write one such as {{prompt}}")
-    return list(dict.fromkeys(fields))
+    return list(dict.fromkeys(name for name, _ in fields))
 
 
 def roles_of(kind: str, part: Part, computed: Sequence[str], config: PipelineConfig) -> Roles:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 from typing import Any, Literal
 
 from pydantic import Field, JsonValue, model_validator
@@ -143,10 +142,10 @@ class Data(Section):
                 "to train on; their sum must be below 1"
             )
         try:
-            codecs.lookup(self.encoding)
-        except LookupError:
+            "".encode(self.encoding)
+        except (LookupError, ValueError):
             raise ValueError(
-                f"encoding {self.encoding!r} is not known to Python; examples are utf-8, latin-1 and utf-16"
+                f"encoding {self.encoding!r} is not a text encoding of Python; examples are utf-8, latin-1 and utf-16"
             ) from None
         for number, row in enumerate(self.rows, start=1):
             if self.kind_of(row) is None:

@@ -150,6 +150,23 @@ CASES: list[Case] = [
             ("data.demonstrations", "demonstration.jsonl", "did you mean 'demonstrations.jsonl'?"),
         ),
         ("pattern without a match", overridden("data.prompts=HERE/*.parquet"), ("data.prompts", "*.parquet")),
+        ("malformed pattern", overridden("data.prompts=HERE/**.jsonl"), ("data.prompts", "**.jsonl", "malformed")),
+        ("home of nobody", configured("prompts.json", "~nobody-here/x.json"), ("data.prompts", "~nobody-here", "user")),
+        (
+            "home of nobody for a reward",
+            overridden("ppo.rewards.~50/my.py:brief=1"),
+            ("ppo.rewards.~50/my.py:brief", "'~50'", "user"),
+        ),
+        ("encoding of bytes", overridden("data.encoding=base64"), ("data.encoding", "'base64' is not a text encoding")),
+        (
+            "part of a computed column that is none",
+            edited(
+                "config.yaml",
+                ("  prompts:", "  computed: {x: word_count}\n  prompts:"),
+                overrides=["data.computed.x.column=text"],
+            ),
+            ("--set data.computed.x.column", "'word_count'", "a section with the keys function, column"),
+        ),
         ("missing demo file", overridden("data.prompts=demo:nothing.parquet"), ("data.prompts", "nothing.parquet")),
         (
             "file named twice",
@@ -298,6 +315,11 @@ CASES: list[Case] = [
             "attribute in a field",
             overridden("data.prompt_template={prompt.__class__}"),
             ("data.prompt_template", "prompt.__class__"),
+        ),
+        (
+            "field in a format",
+            overridden("data.prompt_template={prompt:{n}} {prompt}"),
+            ("data.prompt_template", "the format '{n}' of {prompt}"),
         ),
         ("no field", overridden("data.prompt_template=TL;DR:"), ("data.prompt_template", "names no column")),
         (

@@ -115,6 +115,55 @@ def test_function_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert function_file("rlhf.demo:gold_score").name == "demo.py"
 
 
+DEFINED = """
+import math as m
+from os.path import join, split as cut
+brief = lambda prompts, responses: []
+if m.pi > 3:
+    async def later(): inner = 1
+else:
+    class Scorer: method = None
+try:
+    one, (two, *rest) = 1, (2, 3)
+except ValueError: ...
+def make():
+    global made
+    made = 1
+"""
+
+
+def test_the_names_of_a_file_are_looked_up_in_its_tree(tmp_path: Path) -> None:
+    path = tmp_path / "my.py"
+    path.write_text(DEFINED)
+    for name in ("m", "join", "cut", "brief", "later", "Scorer", "one", "two", "rest", "make", "made"):
+        assert function_file(f"{path}:{name}") == path
+    for name in ("math", "split", "inner", "method", "prompts"):
+        with pytest.raises(ConfigError, match=f"my.py has no '{name}'"):
+            function_file(f"{path}:{name}")
+    with pytest.raises(ConfigError, match=r"my\.py:brif': .*my\.py has no 'brif'.*; did you mean 'brief'\?"):
+        function_file(f"{path}:brif")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "from os import *",
+        "globals()['f'] = 1",
+        "def __getattr__(name): ...",
+        "import sys\nsetattr(sys.modules[__name__], 'f', 1)",
+    ],
+)
+def test_names_that_a_file_may_make_as_it_runs_are_not_refused(source: str, tmp_path: Path) -> None:
+    (tmp_path / "my.py").write_text(source)
+    assert function_file(f"{tmp_path}/my.py:f") == tmp_path / "my.py"
+
+
+def test_a_function_in_a_file_that_is_not_python(tmp_path: Path) -> None:
+    (tmp_path / "my.py").write_text("def f(:")
+    with pytest.raises(ConfigError, match=r"my\.py, line 1: not valid Python"):
+        function_file(f"{tmp_path}/my.py:f")
+
+
 @pytest.mark.parametrize(
     ("reference", "message"),
     [

@@ -51,6 +51,22 @@ def test_weight_function_and_arguments_are_in_the_key(tmp_path: Path) -> None:
     assert changed(first, first) == []
 
 
+def test_the_order_of_computed_columns_is_in_the_key(tmp_path: Path) -> None:
+    """A later column may read an earlier one. The key of a single one is as it was."""
+
+    def of(*names: str) -> dict[str, Any]:
+        data = {
+            "rows": [{"prompt": "p"}],
+            "computed": {n: {"function": "word_count", "column": "prompt"} for n in names},
+        }
+        off = dict.fromkeys(("sft", "judge", "reward", "ppo", "evaluate"), "off")
+        config = PipelineConfig.model_validate({**off, "data": data, "model": {"init": "random"}})
+        return Planner(config, Store(tmp_path)).ingredients("prepare", {})
+
+    assert changed(of("a", "b"), of("b", "a")) == ["config.data.computed, in order: ['a', 'b'] -> ['b', 'a']"]
+    assert not any("in order" in name for name in of("a"))
+
+
 @pytest.mark.parametrize("stage", ["ppo", "evaluate"])
 def test_a_built_ins_code_and_libraries_are_in_the_key_of_who_uses_it(stage: str, tmp_path: Path) -> None:
     found = ingredients(tmp_path, {"exact_word_count": {}}, stage)
