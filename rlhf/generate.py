@@ -19,6 +19,7 @@ from rlhf.ppo.checks import check_policy
 from rlhf.ppo.generation import GREEDY
 from rlhf.ppo.policy import Policy
 from rlhf.ppo.rollout import collect
+from rlhf.rewards.weighted import labels
 
 BATCH = 32  # prompts generated at once
 
@@ -107,7 +108,8 @@ def scorers(
             model = models.load_reward_model(reward_model.path, **reward_model.options, dtype=reward_model.dtype)
         model.eval().to(training.device_of(config.resources))
         found["reward"] = rewards.RewardModel(model, models.load_tokenizer(reward_model.path, **reward_model.options))
-    named = {name.rpartition(":")[2]: spec for name, spec in config.ppo.rewards.items() if spec.function != "model"}
+    called = labels(config.ppo.rewards)
+    named = {called[name]: spec for name, spec in config.ppo.rewards.items() if spec.function != "model"}
     for name, spec in {**(named if config.ppo.enabled else {}), **config.evaluate.scorers}.items():
         scorer = rewards.make_scorer(spec.function, spec.arguments)
         if missing := sorted(_required(scorer.function) - columns.keys() - spec.arguments.keys()):

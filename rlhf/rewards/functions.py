@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +15,11 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from rlhf.errors import ConfigError, RewardError
+from rlhf.locations import expanded
 from rlhf.rewards import registry
 
 RewardFunction = Callable[..., Sequence[float]]
+_sources: dict[str, bytes] = {}  # of the files that are loaded, by the name of the module
 
 
 class Scorer(Protocol):
@@ -54,7 +58,7 @@ def load_function(name: str) -> RewardFunction:
     if not colon or not place or not attribute:
         raise ConfigError(f"{name!r} does not name a function; write `module:function` or `path/file.py:function`")
     try:
-        module = _load_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        module = _load_file(expanded(place, repr(name))) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:  # a user's module may raise anything on import
         raise ConfigError(
             f"{name!r}: {place} cannot be imported: {type(error).__name__}: {error}. "
@@ -85,14 +89,27 @@ def _check_arguments(function: RewardFunction, name: str, arguments: Mapping[str
 
 
 def _load_file(path: Path) -> ModuleType:
-    path = path.expanduser().absolute()
+    """The module of a file. It is run once, and again only where the file has changed.
+
+    It is registered as other modules are, since dataclasses and pickle look there, but by a name of its own: files of
+    one name, and modules that are called as a file is, stay apart.
+    """
+    path = path.absolute()
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    source = path.read_bytes()
+    name = f"{path.stem}_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]}"
+    if name in sys.modules and _sources.get(name) == source:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None  # its name ends in .py
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:  # not by the loader, which would take a changed file of the same second and size from its cache
+        exec(compile(source, str(path), "exec", dont_inherit=True), vars(module))
+    except BaseException:
+        sys.modules.pop(name, None)
+        raise
+    _sources[name] = source
     return module
 
 

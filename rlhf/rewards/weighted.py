@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -39,8 +41,19 @@ class Rewards:
 
     @classmethod
     def of(cls, *functions: RewardFunction) -> Rewards:
-        """The plain sum of reward functions, each called by its own name."""
-        return cls({f.__name__: (1.0, FunctionScorer(f, f.__name__)) for f in functions})
+        """The plain sum of reward functions, each called by its own name.
+
+        Raises:
+            ConfigError: two have the same name.
+        """
+        names = [_name(function) for function in functions]
+        for name, count in Counter(names).items():
+            if count > 1:
+                raise ConfigError(
+                    f"{count} rewards are called {name!r}, and each is reported by its name; define them with names of "
+                    f"their own, or set their __name__"
+                )
+        return cls({name: (1.0, FunctionScorer(f, name)) for name, f in zip(names, functions, strict=True)})
 
     def __call__(
         self, prompts: Sequence[str], responses: Sequence[str], columns: Mapping[str, Sequence[Any]]
@@ -59,23 +72,45 @@ class Rewards:
 def make_rewards(named: Mapping[str, float | Spec], reward_model: RewardModel | None) -> Rewards:
     """The weighted sum that a configuration names; a plain weight is of the function that its name is.
 
-    A component is called by its name, of a ``module:function`` the function's alone where that is clear.
+    Components are called by their ``labels``.
 
     Raises:
         ConfigError: a function cannot be loaded or does not take its arguments, or the reward model is named and
-            there is none.
+            there is none; or two labels are the same.
     """
-    short = [name.rpartition(":")[2] for name in named]
+    short = labels(named)
     parts: dict[str, tuple[float, Scorer]] = {}
     for name, spec in named.items():
         weight, function, arguments = (
             (spec, name, {}) if isinstance(spec, int | float) else (spec.weight, spec.function, spec.arguments)
         )
-        label = name.rpartition(":")[2]
-        if short.count(label) > 1 and ":" in name:
-            label = name.replace(":", ".").replace("/", ".").lstrip(".")
-        parts[label] = (weight, _scorer(function, arguments, reward_model))
+        parts[short[name]] = (weight, _scorer(function, arguments, reward_model))
     return Rewards(parts)
+
+
+def labels(names: Iterable[str]) -> dict[str, str]:
+    """What each of several rewards is called: its name, of a ``module:function`` the function's where that is clear.
+
+    Raises:
+        ConfigError: two would be called the same.
+    """
+    names = list(names)
+    functions = Counter(name.rpartition(":")[2] for name in names)
+    found: dict[str, str] = {}
+    for name in names:
+        label = name.rpartition(":")[2]
+        if functions[label] > 1 and ":" in name:
+            label = name.replace(":", ".").replace("/", ".").lstrip(".")
+        if label in found.values():
+            raise ConfigError(f"two rewards would be called {label!r}; name one otherwise, and set its function")
+        found[name] = label
+    return found
+
+
+def _name(function: RewardFunction) -> str:
+    if not hasattr(function, "__name__") and isinstance(function, partial):
+        return _name(function.func)
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def _scorer(function: str, arguments: Mapping[str, Any], reward_model: RewardModel | None) -> Scorer:

@@ -16,7 +16,7 @@ from rlhf import models
 from rlhf.artifacts import Store, make_manifest
 from rlhf.config import PipelineConfig
 from rlhf.data.tokens import train_tokenizer
-from rlhf.generate import Sampling, respond
+from rlhf.generate import Sampling, respond, scorers
 from rlhf.plan import Planner
 from rlhf.policies import MODELS, Place
 from rlhf.random_weights import random_model
@@ -120,6 +120,14 @@ def test_all_policies_of_a_pipeline_answer_the_prompts_as_they_are(rlhf: Rlhf, d
             assert (response["tokens"], response["ended"]) == (len(new), bool(new[-1] == tokenizer.eos_token_id))
             assert response["scores"].keys() == {"reward", "brevity"}
             assert response["scores"]["brevity"] == -len(response["text"])
+
+
+def test_functions_of_one_name_in_two_files_are_both_there(config: PipelineConfig) -> None:
+    Path("other.py").write_text(REWARDS)
+    two = load("tiny.yaml", overrides=["ppo.rewards.other.py:brevity=1"])
+    found, _ = scorers(two, None, {})
+    here = str(Path.cwd()).replace("/", ".").lstrip(".")
+    assert set(found) == {f"{here}.rewards.py.brevity", f"{here}.other.py.brevity"}
 
 
 def test_a_run_and_directories_and_a_terminal(rlhf: Rlhf, done: Any, tmp_path: Path) -> None:

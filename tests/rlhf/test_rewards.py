@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,7 @@ from transformers import (
 from rlhf import rewards
 from rlhf.errors import ConfigError, RewardError
 from rlhf.random_weights import random_model
+from rlhf.rewards.weighted import labels
 from rlhf.schema import RewardSpec
 
 PROMPTS, RESPONSES = ["p one", "p two", "p three"], [" a", " bb", " ccc"]
@@ -63,6 +66,62 @@ def test_a_function_that_cannot_be_loaded(
     (tmp_path / "broken.py").write_text("1 / 0\n")
     with pytest.raises(ConfigError, match=message):
         rewards.load_function(name)
+
+
+DATACLASS = """
+from __future__ import annotations
+from dataclasses import dataclass
+
+loaded = []
+
+
+@dataclass
+class Weights:
+    one: float = 1.0
+
+
+def first(prompts, responses):
+    loaded.append(1)
+    return [Weights().one] * len(responses)
+
+
+def second(prompts, responses):
+    return [float(len(loaded))] * len(responses)
+"""
+
+
+def test_a_file_is_a_module_that_runs_once_until_it_changes(tmp_path: Path) -> None:
+    path = tmp_path / "my.py"
+    path.write_text(DATACLASS)
+    assert rewards.load_function(f"{path}:first")(["p"], ["r"]) == [1.0]
+    assert rewards.load_function(f"{path}:second")(["p"], ["r"]) == [1.0]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "my.py").write_text(DATACLASS)
+    assert rewards.load_function(f"{tmp_path}/other/my.py:second")(["p"], ["r"]) == [0.0]
+    path.write_text(DATACLASS.replace("= 1.0", "= 2.0"))  # as long, and in the same second
+    assert rewards.load_function(f"{path}:first")(["p"], ["r"]) == [2.0]
+    path.write_text("1 / 0")
+    modules = set(sys.modules)
+    with pytest.raises(ConfigError, match="ZeroDivisionError"):
+        rewards.load_function(f"{path}:first")
+    assert len(modules - set(sys.modules)) == 1
+    path.write_text(DATACLASS)
+    assert rewards.load_function(f"{path}:first")(["p"], ["r"]) == [1.0]
+
+
+def test_rewards_in_python_are_called_by_their_names() -> None:
+    short = partial(lengths, unit=1)
+    assert set(rewards.Rewards.of(short, max).parts) == {"lengths", "max"}
+    with pytest.raises(ConfigError, match="2 rewards are called 'lengths'"):
+        rewards.Rewards.of(short, lengths)
+    with pytest.raises(ConfigError, match=r"2 rewards are called '<lambda>'.*set their __name__"):
+        rewards.Rewards.of(lambda prompts, responses: [], lambda prompts, responses: [])
+
+
+def test_labels_that_would_be_the_same() -> None:
+    assert labels(["a.py:f", "b/c:f", "g:h"]) == {"a.py:f": "a.py.f", "b/c:f": "b.c.f", "g:h": "h"}
+    with pytest.raises(ConfigError, match=r"two rewards would be called 'a\.b\.f'"):
+        labels(["a/b:f", "a.b:f"])
 
 
 @pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
