@@ -14,10 +14,13 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import copy_context
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -76,11 +79,7 @@ def run(context: Context, journal: Path, listener: Listener) -> dict[str, float]
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is the pipeline's to handle
         )
-        try:
-            _follow(process, place / EVENTS, print_line, _guarded(listener))
-        except BaseException:  # a cancellation and Ctrl-C, too
-            stop(process)
-            raise
+        _follow(process, place / EVENTS, print_line, _guarded(listener))
         if process.returncode:
             raise _error(context.config.resources, context.stage, place, process.returncode, tail, logger)
         metrics: dict[str, float] = json.loads((place / METRICS).read_text(encoding="utf-8"))
@@ -234,7 +233,11 @@ class _Stream(NamedTuple):
 def _follow(
     process: subprocess.Popen[bytes], events: Path, print_line: Callable[[bytes], None], hear: Callable[[bytes], None]
 ) -> None:
-    """Pass on what the processes say until the launcher and all that hold its output have ended."""
+    """Pass on what the processes say until the launcher and all that hold its output have ended.
+
+    An exception, such as a cancellation, ends them; they are heard until then, since one whose output is closed would
+    fail in the step that it is to end.
+    """
     output: IO[bytes] | None = process.stdout
     assert output is not None
     pipe = os.open(events, os.O_RDONLY | os.O_NONBLOCK)  # now, so that rank 0 can open it for writing
@@ -242,15 +245,15 @@ def _follow(
         with output, selectors.DefaultSelector() as selector:
             for descriptor, take in ((output.fileno(), print_line), (pipe, hear)):
                 selector.register(descriptor, selectors.EVENT_READ, _Stream(descriptor, take, bytearray()))
-            deadline = None
-            while output.fileno() in selector.get_map():
-                for key, _ in selector.select(timeout=0.5):
-                    if not key.data.read():
-                        selector.unregister(key.fileobj)
-                if process.poll() is not None:
-                    deadline = deadline or time.monotonic() + GRACE_SECONDS
-                    if time.monotonic() > deadline:
-                        break  # someone else holds the output open
+            try:
+                _read_to_end(process, selector, output.fileno())
+            except BaseException:  # Ctrl-C, too
+                read = partial(copy_context().run, _read_to_end, process, selector, output.fileno())
+                reader = threading.Thread(target=read, daemon=True)
+                reader.start()
+                stop(process)
+                reader.join(GRACE_SECONDS + 1.0)
+                raise
             process.wait()
             if pipe in selector.get_map():
                 with suppress(BlockingIOError):
@@ -258,6 +261,19 @@ def _follow(
                         pass
     finally:
         os.close(pipe)
+
+
+def _read_to_end(process: subprocess.Popen[bytes], selector: selectors.BaseSelector, output: int) -> None:
+    """Pass on what comes until the output ends, or soon after the launcher if someone else holds it open."""
+    deadline = None
+    while output in selector.get_map():
+        for key, _ in selector.select(timeout=0.5):
+            if not key.data.read():
+                selector.unregister(key.fileobj)
+        if process.poll() is not None:
+            deadline = deadline or time.monotonic() + GRACE_SECONDS
+            if time.monotonic() > deadline:
+                return
 
 
 # ------------------------------------------------------------------------------------------------------------- errors

@@ -38,6 +38,15 @@ def waits(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     return []
 
 
+def talks(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """Takes some seconds, and has something to say all the time."""
+    meet()
+    for _ in range(60):
+        print("talking", flush=True)
+        time.sleep(0.05)
+    return plain(prompts, responses)
+
+
 def stubborn(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """Waits, and does not listen to SIGTERM."""
     signal.signal(signal.SIGTERM, lambda *_: None)

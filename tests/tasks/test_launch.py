@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rlhf import checkpoints
 from rlhf.context import Context
 from rlhf.errors import ConfigError, DataError, RewardError
 from rlhf.ppo import stage
@@ -142,12 +143,14 @@ def test_bad_input_stays_bad_input(make_ppo: Make) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("function", ["waits", "stubborn"])
+@pytest.mark.parametrize("function", ["waits", "stubborn", "talks"])
 def test_a_cancelled_pipeline_leaves_no_process(
-    function: str, make_ppo: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    function: str, make_ppo: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A cancellation is an exception in the main thread, like Ctrl-C."""
-    monkeypatch.setattr(launch, "GRACE_SECONDS", 2.0)
+    """A cancellation is an exception in the main thread, like Ctrl-C. Who can end the step that it is in does so."""
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 15.0 if function == "talks" else 2.0)
+    caplog.set_level(logging.INFO)
+    context = make_ppo(function)
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -158,12 +161,15 @@ def test_a_cancelled_pipeline_leaves_no_process(
     canceller = subprocess.Popen([sys.executable, "-c", script])
     try:
         with pytest.raises(KeyboardInterrupt):
-            run(make_ppo(function))
+            run(context)
     finally:
         canceller.kill()
         canceller.wait()
         signal.signal(signal.SIGUSR1, before)
     assert_gone(pids(tmp_path))
+    if function == "talks":
+        assert checkpoints.latest(context.checkpoints) is not None
+        assert caplog.text.count("talking") == 2 * 60
 
 
 @pytest.mark.slow
