@@ -43,10 +43,11 @@ class HeldOut(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """One text for each prompt (None: there is none), and values (n,) by metric."""
+    """One text for each prompt (None: there is none), values (n,) by metric, and the size of what wrote them."""
 
     texts: Sequence[str | None]
     values: dict[str, Floats]
+    size: dict[str, float] | None = None
 
 
 def run(context: Context) -> dict[str, float]:
@@ -55,7 +56,10 @@ def run(context: Context) -> dict[str, float]:
     Returns:
         ``evaluate/<policy>/<metric>`` for base, sft, ppo and reference, ``evaluate/win_rate/<score>`` and
         ``evaluate/difference/<score>`` of PPO against SFT (of the last against the second last policy, where a stage
-        is off); the headline ones with ``_low`` and ``_high``. Figures that are undefined are left out.
+        is off); ``evaluate/win_rate_against_references/<score>`` of the last policy; the headline ones with ``_low``
+        and ``_high``. ``evaluate/training/reward`` is the mean score of texts that the reward model was trained on;
+        ``evaluate/parameters/<model>`` and ``evaluate/size_mb/<model>`` (10^6 bytes) are of each policy, and of
+        ``reward``, as they are evaluated. Figures that are undefined are left out.
 
     Raises:
         ConfigError: a scorer cannot be loaded.
@@ -77,8 +81,11 @@ def run(context: Context) -> dict[str, float]:
             answer.values.update(_judged(scorers, rows, answer.texts))
             if name != "reference":
                 answer.values.update(_against_references(answer.texts, rows.references))
-    made = _report(context, rows, answers, list(scorers))
-    report.write(context.out, made, {name: answer.values for name, answer in answers.items()}, _samples(rows, answers))
+    values = {name: answer.values for name, answer in answers.items()} | _training_scores(context)
+    made = _report(context, rows, answers, values, list(scorers))
+    if isinstance(judge := scorers.get("reward"), rewards.RewardModel):
+        made["models"]["reward"] = _size(judge.model)
+    report.write(context.out, made, values, _samples(rows, answers))
     return _finals(made)
 
 
@@ -149,7 +156,16 @@ def _answers(
         values["length_tokens"].append(made.sequences.response_lengths)
         values["eos_rate"].append(made.ended)
         values["kl"].append(per_token(kl, made.sequences, TOKENS_AT_ONCE).sum(1))
-    return Answers(texts, {name: torch.cat(parts).double().cpu().numpy() for name, parts in values.items()})
+    known = {name: torch.cat(parts).double().cpu().numpy() for name, parts in values.items()}
+    return Answers(texts, known, _size(policy.language_model))
+
+
+def _size(model: torch.nn.Module) -> dict[str, float]:
+    """How many parameters a model has, and what they take in the memory, in MB (10^6 bytes)."""
+    return {
+        "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
+        "size_mb": training.bytes_of(model.parameters()) / 1e6,
+    }
 
 
 def _check_room(policy: Policy, prompts: Prompts, new: int) -> None:
@@ -216,14 +232,18 @@ def _against_references(texts: Sequence[str | None], references: Sequence[str | 
 # --- figures --------------------------------------------------------------------------------------------------------
 
 
-def _report(context: Context, rows: HeldOut, answers: Mapping[str, Answers], judged: list[str]) -> report.Report:
+def _report(
+    context: Context,
+    rows: HeldOut,
+    answers: Mapping[str, Answers],
+    values: Mapping[str, Mapping[str, Floats]],
+    judged: list[str],
+) -> report.Report:
     """Everything in report.json."""
     settings = context.config.evaluate
     sure = {"confidence": settings.confidence, "resamples": settings.bootstrap, "seed": context.config.seed}
-    values = {name: answer.values for name, answer in answers.items()}
     policies = [name for name in answers if name != "reference"]
     return {
-        "name": context.config.name,
         "prompts": len(rows.prompts),
         "settings": {
             "temperature": settings.temperature,
@@ -236,7 +256,9 @@ def _report(context: Context, rows: HeldOut, answers: Mapping[str, Answers], jud
         "kl_reference": "sft" if "sft" in answers else "base",
         "judged": judged,
         "metrics": {name: _estimates(answer, rows.references, sure) for name, answer in answers.items()},
+        "models": {name: answer.size for name, answer in answers.items() if answer.size is not None},
         "comparison": _comparison(values, policies, judged, sure),
+        "against_references": _against_the_given(values, policies[-1], judged, sure),
         "distributions": report.distributions(values, [*judged, "length_tokens"]),
         "pairs": _pairs(context, sure),
         "curves": _curves(context),
@@ -275,6 +297,26 @@ def _comparison(
         "win_rates": by_score(intervals.win_rate),
         "differences": by_score(intervals.paired_difference),
     }
+
+
+def _against_the_given(
+    values: Mapping[str, Mapping[str, Floats]], candidate: str, judged: Sequence[str], sure: Mapping[str, Any]
+) -> report.Report | None:
+    """How often the last policy's response scores above the given one; None where none is given, or nothing scores."""
+    if "reference" not in values or not judged:
+        return None
+    pairs = {name: (values[candidate][name], values["reference"][name]) for name in judged}
+    rates = {name: intervals.win_rate(*pair, **sure)._asdict() for name, pair in pairs.items()}
+    return {"candidate": candidate, "win_rates": rates}
+
+
+def _training_scores(context: Context) -> dict[str, dict[str, Floats]]:
+    """Scores of both sides of pairs that the reward model was trained on, as the reward stage recorded them."""
+    if not context.has("reward/scores.parquet"):
+        return {}
+    table = pq.read_table(context.input("reward/scores.parquet"), filters=[("split", "==", "train")])
+    scores = np.concatenate([table[f"{side}_score"].to_numpy() for side in ("chosen", "rejected")])
+    return {"training": {"reward": scores.astype(np.float64)}} if len(scores) else {}
 
 
 def _pairs(context: Context, sure: Mapping[str, Any]) -> report.Report | None:
@@ -323,8 +365,14 @@ def _finals(made: report.Report) -> dict[str, float]:
     for policy, estimates in made["metrics"].items():
         for metric, estimate in estimates.items():
             add(f"evaluate/{policy}/{metric}", estimate, metric in HEADLINES or metric in made["judged"])
-    comparison = made["comparison"] or {"win_rates": {}, "differences": {}}
-    for kind, estimates in (("win_rate", comparison["win_rates"]), ("difference", comparison["differences"])):
-        for metric, estimate in estimates.items():
+    for kind, part, estimates in (
+        ("win_rate", "comparison", "win_rates"),
+        ("difference", "comparison", "differences"),
+        ("win_rate_against_references", "against_references", "win_rates"),
+    ):
+        for metric, estimate in (made[part] or {estimates: {}})[estimates].items():
             add(f"evaluate/{kind}/{metric}", estimate, True)
-    return found
+    for name, size in made["models"].items():
+        found |= {f"evaluate/{kind}/{name}": value for kind, value in size.items()}
+    means = made["distributions"].get("reward", {"means": {}})["means"]
+    return found | ({"evaluate/training/reward": means["training"]} if "training" in means else {})

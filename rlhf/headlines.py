@@ -16,7 +16,7 @@ ROWS = {
     "bleu": "BLEU",
     "meteor": "METEOR",
     "length_tokens": "length (tokens)",
-    "kl": "KL to SFT (nats)",
+    "kl": "KL to {reference} (nats)",
 }
 
 
@@ -34,15 +34,24 @@ def figures(metrics: Mapping[str, float], separator: str = " ") -> Table:
         metrics: final metrics by name, ``evaluate/ppo/reward``, with ``_low`` and ``_high`` where there are bounds.
         separator: stands between a figure and its interval.
     """
-    policies = [name for name in POLICIES if any(key.startswith(f"evaluate/{name}/") for key in metrics)]
+    policies = _evaluated(metrics)
+    reference = "SFT" if "sft" in policies else "BASE"
     measured = {name: None for policy in policies for name in _measured(metrics, policy)}
     scorers = {name: f"{name.replace('_', ' ')} score" for name in measured if name not in LABELS}
     rows = [
-        (label, *(value(metrics, f"evaluate/{policy}/{metric}", separator) for policy in policies))
+        (
+            label.format(reference=reference),
+            *(value(metrics, f"evaluate/{policy}/{metric}", separator) for policy in policies),
+        )
         for metric, label in (scorers | ROWS).items()
         if metric in measured
     ]
     return Table(("held-out prompts", *policies), rows)
+
+
+def _evaluated(metrics: Mapping[str, float]) -> list[str]:
+    """The policies that were evaluated, and the references where there were some."""
+    return [name for name in POLICIES if any(key.startswith(f"evaluate/{name}/") for key in metrics)]
 
 
 def _measured(metrics: Mapping[str, float], policy: str) -> list[str]:
@@ -53,13 +62,16 @@ def _measured(metrics: Mapping[str, float], policy: str) -> list[str]:
 
 
 def sentences(metrics: Mapping[str, float]) -> list[str]:
-    """How good the reward model is, and how often PPO wins, a line each."""
+    """How good the reward model is, and how often the last policy wins, a line each."""
     lines = []
     if "reward/test_accuracy" in metrics:
         lines.append(f"Reward model: {value(metrics, 'reward/test_accuracy')} of held-out pairs ordered rightly")
-    wins = (key for key in metrics if key.startswith("evaluate/win_rate/") and not key.endswith(("_low", "_high")))
-    for key in sorted(wins):
-        lines.append(f"PPO against SFT, win rate by {key.rpartition('/')[2]}: {value(metrics, key)}")
+    policies = [name.upper() for name in _evaluated(metrics) if name != "reference"]
+    for kind, other in (("win_rate", policies[-2:-1]), ("win_rate_against_references", ["the references"])):
+        wins = (key for key in metrics if key.startswith(f"evaluate/{kind}/") and not key.endswith(("_low", "_high")))
+        for key in sorted(wins):
+            names = f"{policies[-1]} against {other[0]}"
+            lines.append(f"{names}, win rate by {key.rpartition('/')[2]}: {value(metrics, key)}")
     return lines
 
 

@@ -23,11 +23,11 @@ Floats = NDArray[np.float64]
 
 
 class Look(NamedTuple):
-    """How one policy, or one side of the preference pairs, is drawn."""
+    """How one policy, one side of the preference pairs, or what a reward model was trained on, is drawn."""
 
     colour: str
     hatch: str
-    line: str
+    line: str | tuple[float, Sequence[float]]
 
 
 LOOKS = {
@@ -35,6 +35,7 @@ LOOKS = {
     "sft": Look("#0072B2", "//", "--"),
     "ppo": Look("#D55E00", "..", "-"),
     "reference": Look("#009E73", "xx", "-."),
+    "training": Look("#CC79A7", "\\\\", (0, (1, 1))),
     "chosen": Look("#0072B2", "//", "-"),
     "rejected": Look("#D55E00", "..", "--"),
 }

@@ -29,7 +29,7 @@ PERCENTILES = (5, 25, 50, 75, 95)
 
 
 def distributions(scores: Mapping[str, Mapping[str, Floats]], metrics: Sequence[str], bins: int = 16) -> Report:
-    """Percentiles and a common histogram of each metric: what the plots show, in numbers.
+    """Percentiles, means and a common histogram of each metric: what the plots show, in numbers.
 
     ``scores[policy][metric]`` are values (n,), NaN where undefined; a policy without any value is left out.
     """
@@ -44,6 +44,7 @@ def distributions(scores: Mapping[str, Mapping[str, Floats]], metrics: Sequence[
                 name: dict(zip(map(str, PERCENTILES), np.percentile(known, PERCENTILES).tolist(), strict=True))
                 for name, known in values.items()
             },
+            "means": {name: float(known.mean()) for name, known in values.items()},
             "edges": edges.tolist(),
             "counts": {name: np.histogram(known, edges)[0].tolist() for name, known in values.items()},
         }
@@ -78,6 +79,10 @@ def verdict(report: Report) -> str:
 
 def summary(report: Report) -> list[str]:
     """By how much, how sure, and at what KL: a few sentences in plain text."""
+    return [*_against_the_other(report), *_against_references(report)]
+
+
+def _against_the_other(report: Report) -> list[str]:
     comparison = report["comparison"]
     if comparison is None:
         return []
@@ -102,10 +107,21 @@ def summary(report: Report) -> list[str]:
     return lines
 
 
+def _against_references(report: Report) -> list[str]:
+    compared = report["against_references"] or {"win_rates": {}}
+    return [
+        f"{label(metric).name}: {compared['candidate'].upper()} wins {percent(win['value'])} of {win['n']} prompts "
+        f"against the references ({percent(win['low'])} to {percent(win['high'])})."
+        for metric, win in compared["win_rates"].items()
+        if win["n"]
+    ]
+
+
 def write(out: Path, report: Report, scores: Mapping[str, Mapping[str, Floats]], samples: Columns) -> None:
     """Write report.json, report.html, samples.parquet and plots/*.png below ``out``.
 
-    ``report`` is as ``rlhf.evaluate`` makes it; ``scores[policy][metric]`` are the values (n,) behind it; ``samples``
+    ``report`` is as ``rlhf.evaluate`` makes it; ``scores[policy][metric]`` are the values (n,) behind it, and those of
+    texts that the reward model was trained on are under ``training``; ``samples``
     are columns of n rows: prompt, one for each policy, and ``<policy>_<metric>``. The same input gives the same bytes.
     """
     (out / "report.json").write_text(json.dumps(finite(report), indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>Evaluation: {{ report.name }}</title>
+<title>Evaluation</title>
 <style>
 :root { --ink: #1b1f24; --soft: #59636e; --paper: #ffffff; --card: #f3f5f7; --line: #d5dae0; --accent: #0b5cad; }
 @media (prefers-color-scheme: dark) {
@@ -37,7 +37,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); p
 </head>
 <body>
 <header>
-<h1>Evaluation: {{ report.name }}</h1>
+<h1>Evaluation</h1>
 <p class="verdict">{{ verdict }}</p>
 <ul>
 {% for line in summary %}
@@ -91,12 +91,12 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); p
 {% set found = report.distributions[metric] %}
 <div class="wide"><table>
 <caption>{{ (metric | label).name }}: percentiles and mean</caption>
-<thead><tr><th scope="col">Policy</th>{% for p in percentiles %}<th scope="col">{{ p }} %</th>{% endfor %}
+<thead><tr><th scope="col">Texts of</th>{% for p in percentiles %}<th scope="col">{{ p }} %</th>{% endfor %}
 <th scope="col">mean</th></tr></thead>
 <tbody>{% for name, row in found.percentiles.items() %}
 <tr><th scope="row">{{ name }}</th>
 {% for p in percentiles %}<td>{{ row[p | string] | number((metric | label).digits) }}</td>{% endfor %}
-<td>{{ report.metrics[name][metric].value | number((metric | label).digits) }}</td></tr>
+<td>{{ found.means[name] | number((metric | label).digits) }}</td></tr>
 {% endfor %}</tbody></table></div>
 {% endmacro %}
 
@@ -104,7 +104,10 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); p
 <h2>How the scores spread</h2>
 <img alt="Box plot of the scores of each policy; the numbers are in the tables below"
  src="data:image/png;base64,{{ images.scores_boxplot }}">
-<p class="note">Box: quartiles; line: median; whiskers: 5 and 95 %; diamond: mean.</p>
+<p class="note">Box: quartiles; line: median; whiskers: 5 and 95 %; diamond: mean.
+{% if "training" in report.distributions.get("reward", {}).get("counts", {}) %}
+“training” are both texts of preference pairs that the reward model was trained on.
+{% endif %}</p>
 {% for metric in judged if metric in report.distributions %}{{ spread(metric) }}{% endfor %}
 <img alt="Histogram of the scores of each policy; the numbers are in the tables below"
  src="data:image/png;base64,{{ images.scores_histogram }}">
@@ -142,6 +145,15 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--card); p
 <td>{{ values[i] | number(0 if name == "step" else 3) }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div></details>
 {% endif %}
+
+<h2>How large the models are</h2>
+<div class="wide"><table>
+<caption>As they were evaluated; MB are 10<sup>6</sup> bytes</caption>
+<thead><tr><th scope="col">Model</th><th scope="col">parameters</th><th scope="col">MB</th></tr></thead>
+<tbody>{% for name, size in report.models.items() %}
+<tr><th scope="row">{{ name }}</th>
+<td>{{ size.parameters | number(0) }}</td><td>{{ size.size_mb | number(2) }}</td></tr>
+{% endfor %}</tbody></table></div>
 
 <h2>Samples</h2>
 <p class="note">The first prompts, then those where the scores of the two compared policies differ most. All are in

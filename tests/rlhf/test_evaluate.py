@@ -154,6 +154,37 @@ def test_win_rate_and_difference_are_those_of_the_samples(ran: Ran) -> None:
     assert (ran.report["comparison"]["candidate"], ran.report["comparison"]["baseline"]) == ("ppo", "sft")
 
 
+def test_the_last_policy_is_compared_with_the_references(ran: Ran) -> None:
+    ppo, given = (np.array(ran.samples[f"{name}_reward"])[np.arange(PROMPTS) != 3] for name in ("ppo", "reference"))
+    name = "evaluate/win_rate_against_references/reward"
+    assert ran.finals[name] == pytest.approx(np.mean((ppo > given) + (ppo == given) / 2))
+    assert ran.finals[f"{name}_low"] <= ran.finals[name] <= ran.finals[f"{name}_high"]
+    assert ran.report["against_references"]["candidate"] == "ppo"
+    assert ran.report["against_references"]["win_rates"]["reward"]["n"] == PROMPTS - 1
+
+
+def test_scores_of_the_training_set_stand_beside_those_of_the_policies(ran: Ran) -> None:
+    found = ran.report["distributions"]["reward"]
+    assert sum(found["counts"]["training"]) == 2
+    assert found["means"]["training"] == ran.finals["evaluate/training/reward"] == 4.5
+    assert found["means"]["ppo"] == pytest.approx(ran.finals["evaluate/ppo/reward"])
+    assert "training" not in ran.report["distributions"]["keyword"]["counts"]
+    assert "training" not in ran.report["metrics"]
+
+
+def test_sizes_of_the_models(ran: Ran, inputs: dict[str, Path]) -> None:
+    model = GPT2ForSequenceClassification.from_pretrained(inputs["reward"] / "model")
+    assert ran.finals["evaluate/parameters/reward"] == model.num_parameters()
+    assert ran.finals["evaluate/size_mb/reward"] == pytest.approx(4e-6 * model.num_parameters())
+    assert set(ran.report["models"]) == {"base", "sft", "ppo", "reward"}
+
+
+def test_the_name_of_the_pipeline_changes_no_byte(ran: Ran, inputs: dict[str, Path], tmp_path: Path) -> None:
+    other = Ran(context(config().model_copy(update={"name": "renamed"}), inputs, tmp_path))
+    assert other.report == ran.report
+    assert "renamed" not in (other.out / "report.html").read_text()
+
+
 def test_accuracy_on_preference_pairs_is_over_the_held_out_ones(ran: Ran) -> None:
     assert ran.report["pairs"]["n"] == 4
     assert ran.report["pairs"]["accuracy"]["value"] == pytest.approx((1 + 0.5 + 1 + 0) / 4)
@@ -281,6 +312,7 @@ def test_prompts_without_references_are_scored_without_them(inputs: dict[str, Pa
     (bare / "base").symlink_to(inputs["prepare"] / "base")
     found = Ran(context(config(), {**inputs, "prepare": bare}, tmp_path))
     assert "reference" not in found.report["metrics"]
+    assert found.report["against_references"] is None
     assert not any("rouge" in name or "bleu" in name for name in found.finals)
     assert "evaluate/ppo/reward" in found.finals
 

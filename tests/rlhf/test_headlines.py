@@ -33,8 +33,30 @@ def test_sentences() -> None:
     ]
 
 
+def test_the_names_are_those_of_the_policies_that_were_there() -> None:
+    without_sft = {name.replace("/sft/", "/base/"): value for name, value in METRICS.items()}
+    assert headlines.figures(without_sft).rows[-1][0] == "KL to BASE (nats)"
+    assert headlines.sentences(without_sft)[1].startswith("PPO against BASE, win rate by words: 0.865")
+    without_ppo = {name.replace("/sft/", "/base/").replace("/ppo/", "/sft/"): value for name, value in METRICS.items()}
+    assert headlines.figures(without_ppo).rows[-1][0] == "KL to SFT (nats)"
+    assert headlines.sentences(without_ppo)[1].startswith("SFT against BASE, win rate by words: 0.865")
+
+
+def test_the_references_are_the_other_side_of_a_comparison_too() -> None:
+    rates = {"evaluate/win_rate_against_references/words": 0.61, "evaluate/reference/words": 0.1}
+    assert headlines.sentences(METRICS | rates)[1:] == [
+        "PPO against SFT, win rate by words: 0.865 [0.84, 0.89]",
+        "PPO against the references, win rate by words: 0.610",
+    ]
+
+
 def test_durations_and_sizes() -> None:
     assert [headlines.duration(seconds) for seconds in (0.04, 59.94, 65, 3725)] == [
         "0.0 s", "59.9 s", "1 m 05 s", "62 m 05 s",
     ]  # fmt: skip
-    assert [headlines.size(count) for count in (999, 1500, 2_000_000, 3e12)] == ["999 B", "1.5 kB", "2.0 MB", "3.0 TB"]
+    assert [headlines.size(count) for count in (999, 1500, 2_000_000, 3 * 10**12)] == [
+        "999 B",
+        "1.5 kB",
+        "2.0 MB",
+        "3.0 TB",
+    ]

@@ -38,6 +38,7 @@ def made(
         for name, mean in (("base", -2.0), ("sft", 0.0), ("ppo", 1.0), ("reference", 0.0))
     }
     scores["reference"]["gold"][:] = math.nan
+    trained_on = {"training": {"reward": generator.normal(0.5, 2, 90)}}
     metrics = {
         name: {metric: estimate(float(np.mean(values)), 0.1) for metric, values in of.items()}
         for name, of in scores.items()
@@ -46,7 +47,6 @@ def made(
         metrics[name]["kl"] = estimate(7.25 if name == "ppo" else 0.0, 0.5)
         metrics[name]["rougeL"] = estimate(0.4, 0.02, N - 1)
     made_report = {
-        "name": "demo",
         "prompts": N,
         "settings": {
             "temperature": 0.7, "kl_temperature": 0.7, "max_new_tokens": 48,
@@ -61,7 +61,12 @@ def made(
             "win_rates": {"reward": estimate(0.8, 0.05), "gold": estimate(0.6, 0.05)},
             "differences": {"reward": estimate(*reward), "gold": estimate(*gold)},
         },
-        "distributions": report.distributions(scores, ["reward", "gold", "length_tokens"]),
+        "models": {"ppo": {"parameters": 124439808.0, "size_mb": 497.759232}},
+        "against_references": {
+            "candidate": "ppo",
+            "win_rates": {"reward": estimate(0.61, 0.04, N - 1), "gold": estimate(math.nan, math.nan, 0)},
+        },
+        "distributions": report.distributions(scores | trained_on, ["reward", "gold", "length_tokens"]),
         "pairs": {
             "n": 50,
             "accuracy": estimate(0.88, 0.04),
@@ -71,12 +76,15 @@ def made(
         },
         "curves": {"step": [1, 2, 3], "score_mean": [0.0, 0.5, 1.0], "kl": [0.0, 2.0, 7.0]},
     }  # fmt: skip
-    samples = {"prompt": [f"{EVIL} {i}" for i in range(N)], "reference": [None if i == 1 else EVIL for i in range(N)]}
+    samples: dict[str, list[Any]] = {
+        "prompt": [f"{EVIL} {i}" for i in range(N)],
+        "reference": [None if i == 1 else EVIL for i in range(N)],
+    }
     for name in ("base", "sft", "ppo"):
         samples[name] = [f"{name} says {i} {EVIL}" for i in range(N)]
     for name, of in scores.items():
         samples |= {f"{name}_{metric}": values.tolist() for metric, values in of.items()}
-    return made_report, scores, samples
+    return made_report, scores | trained_on, samples
 
 
 class Reader(HTMLParser):
@@ -172,11 +180,21 @@ def test_page_says_the_summary_first_and_every_number(written: Path) -> None:
     assert "a change of +1.000 (95 % interval +0.800 to +1.200)" in text
     assert "KL of PPO to SFT: 7.25 nats per response (6.75 to 7.75)." in text
     assert "it scores the chosen text above the rejected one in 88 % (84 % to 92 %)" in text
+    assert "Reward: PPO wins 61 % of 39 prompts against the references (57 % to 65 %)." in text
+    assert "Gold: PPO wins" not in text.replace("Gold: PPO wins 60", "")  # no reference has a gold score
+    assert "ppo 124439808497.76" in text
+    assert f"training {''.join(map(report.number, trained_on().values()))}" in text
     assert "0.380 to 0.420; n = 39" in text  # fewer references than prompts
     shown = report.distributions(made()[1], ["reward"])["reward"]["percentiles"]["ppo"]["50"]
     assert report.number(shown) in text
     assert "nan" not in text.lower()
     assert "None" not in text
+
+
+def trained_on() -> dict[str, float]:
+    """The row of the reward model's training texts: percentiles, then the mean."""
+    found = made()[0]["distributions"]["reward"]
+    return {**found["percentiles"]["training"], "mean": found["means"]["training"]}
 
 
 @pytest.mark.parametrize(
@@ -201,12 +219,15 @@ def test_verdict_without_scores_or_a_second_policy() -> None:
     assert report.verdict(made_report) == "PPO and SFT were not scored: there is neither a reward model nor a scorer."
     made_report["comparison"] = None
     assert "only one policy" in report.verdict(made_report)
+    assert len(report.summary(made_report)) == 1  # against the references
+    made_report["against_references"] = None
     assert report.summary(made_report) == []
 
 
 def test_a_report_without_scores_references_and_ppo_is_still_a_page(tmp_path: Path) -> None:
     bare, scores, samples = copy.deepcopy(made())
-    bare |= {"judged": [], "curves": None, "pairs": None, "comparison": None, "kl_reference": "base"}
+    nothing = dict.fromkeys(("curves", "pairs", "comparison", "against_references"))
+    bare |= {"judged": [], "models": {}, "kl_reference": "base", **nothing}
     bare["metrics"] = {"base": {"length_tokens": estimate(math.nan, 0.0)}}
     bare["distributions"] = report.distributions({"base": {"length_tokens": np.array([math.nan])}}, ["length_tokens"])
     report.write(tmp_path, bare, {"base": scores["base"]}, {"prompt": samples["prompt"], "base": samples["base"]})
@@ -223,7 +244,7 @@ def test_distributions_count_every_known_value_once() -> None:
     assert set(found) == {"gold"}
     assert found["gold"]["edges"] == [0, 1, 2, 3, 4]
     assert found["gold"]["counts"] == {"sft": [1, 1, 1, 0], "ppo": [0, 0, 0, 1]}
-    assert found["gold"]["percentiles"]["sft"]["50"] == 1
+    assert found["gold"]["percentiles"]["sft"]["50"] == found["gold"]["means"]["sft"] == 1
     same = report.distributions({"sft": {"gold": np.array([3.0, 3.0])}}, ["gold"])
     assert sum(same["gold"]["counts"]["sft"]) == 2
 
