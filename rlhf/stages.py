@@ -36,7 +36,7 @@ _WEIGHTS = ("model.lora_rank", "model.lora_alpha", "model.dtype")
 _RANDOM_MODEL = tuple(
     f"model.{name}" for name in ("init", "architecture", "layers", "width", "heads", "context", "vocab_size")
 )
-_TORCH = ("torch", "transformers", "tokenizers", "accelerate", "peft")
+_TORCH = ("torch", "transformers", "tokenizers", "accelerate", "peft", "numpy")
 
 STAGES: dict[str, Stage] = {
     stage.name: stage
@@ -46,7 +46,7 @@ STAGES: dict[str, Stage] = {
             module="rlhf.prepare",
             settings=("data", *_RANDOM_MODEL),
             inputs={},
-            libraries=("torch", "transformers", "tokenizers", "pyarrow"),
+            libraries=("torch", "transformers", "tokenizers", "pyarrow", "datasets"),
             reads_base=True,
         ),
         Stage(

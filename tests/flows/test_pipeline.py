@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,18 @@ def test_a_changed_value_runs_its_stage_and_what_follows(done: Rlhf, calls: list
     assert rows["evaluate"]["reasons"] == ["input ppo: will be made anew"]
     assert done("run", "--set", "ppo.kl_coef=0.1")[0] == 0
     assert calls == ["ppo", "evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("library", "stages"), [("numpy", ALL[1:]), ("datasets", ["prepare", "sft", "judge", "reward"])]
+)
+def test_another_version_of_a_library_runs_the_stages_that_use_it(
+    done: Rlhf, monkeypatch: pytest.MonkeyPatch, library: str, stages: list[str]
+) -> None:
+    monkeypatch.setattr("rlhf.plan._version", lambda name: "0.1" if name == library else version(name))
+    rows = plan(done)
+    named = [stage for stage, row in rows.items() if any(f"library {library}" in reason for reason in row["reasons"])]
+    assert named == stages
 
 
 def test_what_does_not_change_numbers_changes_no_key(done: Rlhf, tmp_path: Path) -> None:
