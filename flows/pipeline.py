@@ -6,9 +6,10 @@ module imports neither torch nor MLflow nor TRL; a stage's libraries load when i
 
 import secrets
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from prefect import flow, get_run_logger
@@ -148,12 +149,23 @@ def _run(config: PipelineConfig, store: Store, selection: Selection) -> dict[str
     )
     token = current_run.set(run)
     try:
-        with _shipper(run), journal:
-            record.write(store.home)
+        with _shipper(run), journal, _recorded(record, store.home):
             tracking.begin(run, prefect_ui.flow_run_link())
             for stage in selection.stages(config):
                 record.stages[stage] = _stage(run, stage)
                 record.write(store.home)
+    finally:
+        prefect_ui.show_run(run)
+        current_run.reset(token)
+    return {"run_id": run.id, "stages": record.stages}
+
+
+@contextmanager
+def _recorded(record: RunRecord, home: Path) -> Iterator[None]:
+    """Keep the record of a run up to date, from where it begins to how it ends."""
+    record.write(home)
+    try:
+        yield
         record.status = "done"
     except Exception as error:
         record.status, record.error = "failed", str(error)
@@ -162,10 +174,7 @@ def _run(config: PipelineConfig, store: Store, selection: Selection) -> dict[str
         if record.status == "running":  # cancelled, or interrupted from the keyboard
             record.status = "interrupted"
         record.ended = time.time()
-        record.write(store.home)
-        prefect_ui.show_run(run)
-        current_run.reset(token)
-    return {"run_id": run.id, "stages": record.stages}
+        record.write(home)
 
 
 def _to_log(line: str) -> None:

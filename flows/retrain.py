@@ -40,10 +40,10 @@ def retrain(config: PipelineConfig) -> State[dict[str, Any]]:
         return _end(NOTHING_NEW, [f"{words}: the same as of run {last.run_id if last else ''}."])
     for line in changes:
         get_run_logger().info("changed: %s", line)
-    run_id = str(run_pipeline(config, Selection())["run_id"])
-    ended = {plan.stage: plan for plan in Planner(config, store).plan()}
-    metrics = {name: value for plan in ended.values() if plan.manifest for name, value in plan.manifest.metrics.items()}
-    candidate = Contender(run_id, {stage: str(plan.key) for stage, plan in ended.items()}, metrics)
+    run = run_pipeline(config, Selection())
+    keys = {stage: row["key"] for stage, row in run["stages"].items()}
+    metrics = {name: value for stage, key in keys.items() for name, value in store.open(stage, key).metrics.items()}
+    candidate = Contender(run["run_id"], keys, metrics)
     verdict = champion.better_by(config.promotion)(candidate, holder)
     judged = replace(candidate, why=verdict.reasons)
     champion.write(store.home, "candidates", config.name, judged)

@@ -8,7 +8,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf.locks import is_locked
+
 RECORD = "run.json"
+OWNER = "owner.lock"  # beside it; held as long as the run's process lives
 
 
 @dataclass
@@ -38,11 +41,15 @@ class RunRecord:
 
 
 def read_runs(home: Path) -> list[RunRecord]:
-    """All runs, oldest first. A record that cannot be read is left out."""
+    """All runs, oldest first. A record that cannot be read is left out. Who was killed counts as interrupted."""
     records = []
     for path in sorted((home / "runs").glob(f"*/{RECORD}")):
+        lives = is_locked(path.with_name(OWNER))  # before the record is read: it may end in between
         try:
-            records.append(RunRecord(**json.loads(path.read_text(encoding="utf-8"))))
+            record = RunRecord(**json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError):
             continue
+        if record.status == "running" and not lives:
+            record.status = "interrupted"
+        records.append(record)
     return records

@@ -33,10 +33,11 @@ from typing import Any, Literal, NamedTuple, Self
 
 from rlhf.errors import ArtifactError
 from rlhf.locks import is_locked, lock, unlock
+from rlhf.runs import OWNER
 from rlhf.tracker import Entry, Listener, Progress, read_journal
 
 PARENT = "pipeline"  # the run of the whole pipeline, as the stages' names are those of their runs
-JOURNAL, OWNER = "journal.jsonl", "owner.lock"
+JOURNAL = "journal.jsonl"
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 

@@ -31,6 +31,8 @@ log = logging.getLogger("tasks.shipper")  # not __name__: this module also runs 
 POLL_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 5.0  # between two attempts while the server is away
 PATIENCE_SECONDS = 15.0  # with a server that is away, once the run is over
+CLOSE_SECONDS = 60.0  # for the rest, at the end of a run
+CANCELLED_SECONDS = 3.0  # at the end of one that is to be gone within 15; what is left goes with the next run
 SHIPPER_LOG = "shipper.log"
 
 
@@ -50,7 +52,7 @@ class Shipper:
         self._uri = tracking_uri
         self._process = self._spawn()
 
-    def close(self, timeout: float = 60.0) -> bool:
+    def close(self, timeout: float = CLOSE_SECONDS) -> bool:
         """Ship what is left, waiting for that up to ``timeout`` seconds; call it after the journal was closed.
 
         Returns:
@@ -78,7 +80,8 @@ class Shipper:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        cancelled = kind is not None and not issubclass(kind, Exception)
+        self.close(CANCELLED_SECONDS if cancelled else CLOSE_SECONDS)
 
     def _close_input(self) -> None:
         if self._process.stdin is not None:

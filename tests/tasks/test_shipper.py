@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from tasks import shipper
 from tasks.journal import PARENT, RunJournal
 from tasks.mlflow_server import connect, default_uri
 from tasks.mlflow_sync import Shipped, ship
-from tasks.shipper import Shipper
+from tasks.shipper import CANCELLED_SECONDS, CLOSE_SECONDS, Shipper
+from tasks.stopping import STOP_SECONDS
 from tests.tasks.mlflow_reads import history, runs_of
 
 ROOT = Path(__file__).parents[2]
@@ -219,6 +221,24 @@ def test_without_a_server_the_run_ends_in_time_and_is_kept_for_later(
     assert time.monotonic() - started < 5
     assert ship(tmp_path / "offline", store).complete
     assert runs_of(store, "offline")[PARENT].data.tags["late"] == "yes"
+
+
+@pytest.mark.parametrize(
+    ("error", "seconds"),
+    [(None, CLOSE_SECONDS), (ValueError(), CLOSE_SECONDS), (KeyboardInterrupt(), CANCELLED_SECONDS)],
+    ids=repr,
+)
+def test_a_run_that_is_cancelled_waits_less(
+    error: BaseException | None, seconds: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(Shipper, "_spawn", lambda self: None)
+    monkeypatch.setattr(Shipper, "close", lambda self, timeout: waited.append(timeout))
+    with pytest.raises(type(error)) if error else nullcontext(), Shipper(tmp_path, "sqlite://"):
+        if error:
+            raise error
+    assert waited == [seconds]
+    assert CANCELLED_SECONDS + STOP_SECONDS < 15.0  # in which it is to be gone
 
 
 # Waiting, in numbers
