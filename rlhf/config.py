@@ -331,11 +331,6 @@ class PipelineConfig(Section):
         if problem := self._dtype_conflict() or processes_conflict(self):
             raise ValueError(problem)
         if self.model.init == "random":
-            if self.model.architecture == "t5" and self.reward.enabled and self.reward.path is None:
-                raise ValueError(
-                    "the reward model starts from the policy, but model.architecture `t5` has no score for single "
-                    "tokens; set reward.path to another model, or leave it out with `reward: off`"
-                )
             for stage in ("ppo", "evaluate"):
                 new = getattr(self, stage).max_new_tokens
                 if new >= self.model.context:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
 from rlhf import models
 from rlhf.config import PipelineConfig
@@ -108,6 +108,13 @@ def test_frozen_weights_in_bf16_go_all_the_way(
     assert finals["evaluate/sft/kl"] == 0.0
     for path in tmp_path.glob("*/*model*/model.safetensors"):
         assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}, path
+
+
+def test_the_reward_model_of_an_encoder_decoder_starts_from_it(run: Callable[..., Finals], tmp_path: Path) -> None:
+    finals = run(with_reward_model=True)
+    assert finals["reward/test_accuracy"] > 0.6
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "reward" / "model")
+    assert model.config.model_type == "t5"
 
 
 def test_a_t5_has_the_context_that_was_asked_for(run: Callable[..., Finals]) -> None:
