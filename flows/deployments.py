@@ -61,7 +61,7 @@ def schedule(config: PipelineConfig, cron: str, timezone: str, pool: str = POOL)
             description=retrain.description,
             tags=TAGS,
             parameters={"config": config.model_dump(mode="json")},
-            schedules=[Cron(cron, timezone=timezone)],
+            schedules=[Cron(cron, timezone=timezone, slug="cron")],  # by its slug, the one that is there is changed
             concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.CANCEL_NEW),
             work_pool_name=pool,
             job_variables=JOB,

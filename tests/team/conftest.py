@@ -31,6 +31,7 @@ class Up:
     home: Path
     prefect: str
     mlflow: str
+    project: Path
 
     def api(self, method: str, path: str, **body: Any) -> Any:
         """What Prefect's API answers. While it is away or busy (503), come back, as Prefect's own clients do."""
@@ -102,7 +103,9 @@ def _said(home: Path) -> dict[str, Any]:
 
 @contextmanager
 def started(home: Path, *arguments: str) -> Iterator[Up]:
-    """Run ``rlhf up`` on a home folder, and end it as Ctrl-C does."""
+    """Run ``rlhf up`` on a home folder, from a folder ``project`` beside it, and end it as Ctrl-C does."""
+    project = home.parent / "project"
+    project.mkdir(parents=True, exist_ok=True)
     prefect, mlflow = free_port(), free_port()
     ours = ("PREFECT", "RLHF", "MLFLOW_TRACKING")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
@@ -112,6 +115,7 @@ def started(home: Path, *arguments: str) -> Iterator[Up]:
             *("--prefect-port", str(prefect), "--mlflow-port", str(mlflow), *arguments),
         ],
         env={**environment, "OMP_NUM_THREADS": "1"},
+        cwd=project,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -120,7 +124,7 @@ def started(home: Path, *arguments: str) -> Iterator[Up]:
         wait_for(lambda: _said(home).get("pid") == process.pid or process.poll() is not None, "rlhf up")
         assert process.poll() is None, process.stdout and process.stdout.read()
         said = _said(home)
-        yield Up(process, home, said["prefect"], said["mlflow"])
+        yield Up(process, home, said["prefect"], said["mlflow"], project)
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGINT)

@@ -47,9 +47,9 @@ resources: {threads: 1}
 
 
 @pytest.fixture
-def nightly(up: Up, project: Path) -> Iterator[dict[str, Any]]:
-    """Its deployment, looked at every minute; it is gone after the test."""
-    done = deploy(up, project, "--cron", "* * * * *", "--timezone", "Europe/Berlin")
+def nightly(up: Up, project: Path, request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
+    """Its deployment, due at the times of ``request.param``; it is gone after the test."""
+    done = deploy(up, project, "--cron", request.param, "--timezone", "Europe/Berlin")
     assert done.returncode == 0, done.stderr
     assert "retrain/nightly" in done.stdout
     found = up.deployment("retrain/nightly")
@@ -64,6 +64,7 @@ def runs(up: Up, deployment: str, name: str) -> list[dict[str, Any]]:
     return list(up.api("POST", "flow_runs/filter", sort="EXPECTED_START_TIME_ASC", **body))
 
 
+@pytest.mark.parametrize("nightly", ["* * * * *"], indirect=True)
 def test_a_schedule_retrains_when_there_is_something_new(up: Up, project: Path, nightly: dict[str, Any]) -> None:
     [schedule] = nightly["schedules"]
     assert (schedule["schedule"]["cron"], schedule["schedule"]["timezone"]) == ("* * * * *", "Europe/Berlin")
@@ -87,6 +88,7 @@ def test_a_schedule_retrains_when_there_is_something_new(up: Up, project: Path, 
     assert "prepare: data.demonstrations[0] data.jsonl" in later[0]["state"]["message"]
 
 
+@pytest.mark.parametrize("nightly", ["0 0 1 1 *"], indirect=True)  # no run but those of the test
 def test_late_runs_do_not_pile_up(up: Up, nightly: dict[str, Any]) -> None:
     asked = [up.submit("retrain/nightly") for _ in range(4)]
     states = sorted(up.finish(run) for run in asked)

@@ -18,6 +18,7 @@ import pytest
 
 from flows.deployments import shipped
 from flows.heartbeats import ENVIRONMENT, FOUND, LOST
+from flows.reaper import PAUSED
 from rlhf import checkpoints
 from tests.team.conftest import Up, started, wait_for
 
@@ -103,25 +104,66 @@ def test_the_forms_have_groups_selects_and_help(up: Up) -> None:
 
 
 def test_deploying_again_makes_nothing_twice(up: Up, tmp_path: Path) -> None:
-    def ids() -> dict[str, str]:
-        return {row["name"]: row["id"] for row in up.api("POST", "deployments/filter", limit=100)}
+    def there() -> list[tuple[str, ...]]:
+        """Name and id of all that a deployment makes."""
+        deployments = up.api("POST", "deployments/filter", limit=100)
+        rows = [("deployment", row["name"], row["id"]) for row in deployments]
+        rows += [("schedule", row["name"], one["id"]) for row in deployments for one in row["schedules"]]
+        for kind in ("automations", "work_pools"):
+            rows += [(kind, row["name"], row["id"]) for row in up.api("POST", f"{kind}/filter", limit=100)]
+        return sorted(rows)
 
-    (tmp_path / "mine.yaml").write_text("preset: demo\nname: mine\nseed: 5\n")
-    for _ in range(2):
+    def deploy(*arguments: str) -> list[tuple[str, ...]]:
         done = subprocess.run(
-            [sys.executable, "-m", "flows.cli", "deploy", str(tmp_path / "mine.yaml")],
+            [sys.executable, "-m", "flows.cli", "deploy", str(tmp_path / "mine.yaml"), *arguments],
             env={"PREFECT_API_URL": f"{up.prefect}/api", "HOME": str(tmp_path), "PATH": ""},
             capture_output=True,
             text=True,
             cwd=Path(__file__).parents[2],
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("pipeline/mine") or "pipeline/mine" in done.stdout
-        found = ids()
-    assert set(found) == {"run", "mine", *(config.name for config in shipped())}
+        assert "pipeline/mine" in done.stdout
+        return there()
+
+    (tmp_path / "mine.yaml").write_text("preset: demo\nname: mine\nseed: 5\n")
+    first = deploy()
+    assert deploy() == first
+    names = {kind: sorted(name for one, name, _ in first if one == kind) for kind, *_ in first}
+    assert names == {
+        "automations": sorted([LOST, FOUND]),
+        "deployment": sorted(["run", "mine", *(config.name for config in shipped())]),
+        "work_pools": ["rlhf"],
+    }
     assert up.deployment("pipeline/mine")["parameters"]["config"]["seed"] == 5
     assert up.deployment("pipeline/mine")["job_variables"]["env"] == ENVIRONMENT
-    assert sorted(row["name"] for row in up.api("POST", "automations/filter")) == sorted([LOST, FOUND])
+    scheduled = deploy("--cron", "0 0 1 1 *")
+    assert {kind for kind, name, id in {*scheduled} - {*first}} == {"deployment", "schedule"}
+    assert len(scheduled) == len(first) + 2
+    assert deploy("--cron", "0 0 1 1 *") == scheduled
+    assert deploy("--cron", "0 0 2 1 *") == scheduled
+    [schedule] = up.deployment("retrain/mine")["schedules"]
+    assert schedule["schedule"]["cron"] == "0 0 2 1 *"
+    for name in ("retrain/mine", "pipeline/mine"):
+        up.api("DELETE", f"deployments/{up.deployment(name)['id']}")
+
+
+def test_files_and_functions_of_the_folder_that_it_was_started_in(up: Up) -> None:
+    """By relative paths; Prefect starts a run in an empty folder."""
+    examples = [{"prompt": f"What is {i} plus {i}?", "response": f"It is {2 * i}."} for i in range(60)]
+    (up.project / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
+    (up.project / "own.py").write_text("def short(prompts, responses):\n    return [-len(r) for r in responses]\n")
+    (up.project / "own_module.py").write_text((up.project / "own.py").read_text())
+    changes = [
+        "data.demonstrations=[own.jsonl]",
+        "data.preferences=[]",
+        "data.test_fraction=0.3",
+        "judge=off",
+        "reward=off",
+    ]
+    changes += ["ppo.rewards={own.py:short: 1.0}", "evaluate.scorers={short: own_module:short}"]
+    run = up.submit("preset/run", **SMOKE | {"overrides": [*SMOKE["overrides"], *changes]})
+    assert up.finish(run) == "COMPLETED", up.api("GET", f"flow_runs/{run}")["state"]
+    assert rows(up.artifacts(run)["stages"])["ppo"][1] == "ran"
 
 
 def test_a_second_one_says_what_is_there(up: Up) -> None:
@@ -196,15 +238,28 @@ def test_a_cancelled_training_leaves_a_checkpoint_and_no_process(up: Up, process
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left(tmp_path: Path, number: signal.Signals) -> None:
-    """Whatever ends it: no process stays, and no run stays Running, at the latest when it is started again."""
-    with started(tmp_path / "home") as first:
+    """Whatever ends it: no process stays, and no run stays Running, at the latest when it is started again.
+
+    A run that waits does not begin while the others end, but then; unless a person has paused the pool.
+    """
+    with started(tmp_path / "home", "--runs", "1") as first:
         run = first.submit(
             "preset/run", **SMOKE | {"overrides": ["resources.threads=1", "ppo.updates=2000", "ppo.checkpoint_every=1"]}
         )
         wait_for(lambda: list(first.home.glob("work/ppo-*/checkpoints/checkpoint-*")), "a checkpoint of ppo")
+        waits = first.submit("preset/run", **SMOKE | {"dry_run": True})
+        if number != signal.SIGINT:  # by a person; and at SIGKILL as if by one that was just stopping
+            first.api("PATCH", "work_pools/rlhf", is_paused=True)
+        if number == signal.SIGKILL:
+            (first.home / PAUSED).touch()
         everyone = first.tree()
         first.process.send_signal(number)
         _, alive = psutil.wait_procs(everyone, timeout=90)
         assert not alive
     with started(tmp_path / "home") as second:
         assert second.state(run) == ("CRASHED" if number == signal.SIGKILL else "CANCELLED")
+        assert not (second.home / PAUSED).exists()
+        assert second.api("GET", "work_pools/rlhf")["is_paused"] == (number == signal.SIGTERM)
+        second.api("PATCH", "work_pools/rlhf", is_paused=False)
+        assert second.finish(waits) == "COMPLETED"
+        assert second.api("GET", f"flow_runs/{waits}")["run_count"] == 1
