@@ -348,3 +348,11 @@ def test_it_imports_nothing_heavy() -> None:
     code = f"import sys; from rlhf import settings; settings.load(); print(sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_what_custom_flan_t5_lets_through_its_judge_and_reward_model_can_read() -> None:
+    """Of 512 tokens, RoBERTa's ends and an eighth more tokens than T5's included."""
+    config = settings.load("custom-flan-t5")
+    responses = (config.data.max_response_tokens, config.ppo.max_new_tokens, config.evaluate.max_new_tokens)
+    assert config.data.max_prompt_tokens is not None
+    assert 9 / 8 * (config.data.max_prompt_tokens + max(size or 0 for size in responses)) + 2 <= 512
