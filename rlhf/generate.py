@@ -19,7 +19,7 @@ from rlhf.ppo.checks import check_policy
 from rlhf.ppo.generation import GREEDY
 from rlhf.ppo.policy import Policy
 from rlhf.ppo.rollout import collect
-from rlhf.rewards.weighted import labels
+from rlhf.rewards.registry import labels
 
 BATCH = 32  # prompts generated at once
 

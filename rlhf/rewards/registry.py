@@ -8,6 +8,7 @@ key, and neither a plan nor the PPO engine loads what a built-in needs.
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -116,3 +117,22 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     """``"; did you mean 'x'?"``, or nothing; without what ``rlhf.explain`` imports."""
     close = get_close_matches(word.lower(), list(words), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def labels(names: Iterable[str]) -> dict[str, str]:
+    """What each of several rewards is called: its name, of a ``module:function`` the function's where that is clear.
+
+    Raises:
+        ConfigError: two would be called the same.
+    """
+    names = list(names)
+    functions = Counter(name.rpartition(":")[2] for name in names)
+    found: dict[str, str] = {}
+    for name in names:
+        label = name.rpartition(":")[2]
+        if functions[label] > 1 and ":" in name:
+            label = name.replace(":", ".").replace("/", ".").lstrip(".")
+        if label in found.values():
+            raise ConfigError(f"two rewards would be called {label!r}; name one otherwise, and set its function")
+        found[name] = label
+    return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -14,7 +14,7 @@ from torch import Tensor
 from rlhf.errors import ConfigError
 from rlhf.rewards.functions import FunctionScorer, RewardFunction, Scorer, make_scorer
 from rlhf.rewards.model import RewardModel
-from rlhf.rewards.registry import MODEL
+from rlhf.rewards.registry import MODEL, labels
 
 
 class Spec(Protocol):
@@ -86,25 +86,6 @@ def make_rewards(named: Mapping[str, float | Spec], reward_model: RewardModel | 
         )
         parts[short[name]] = (weight, _scorer(function, arguments, reward_model))
     return Rewards(parts)
-
-
-def labels(names: Iterable[str]) -> dict[str, str]:
-    """What each of several rewards is called: its name, of a ``module:function`` the function's where that is clear.
-
-    Raises:
-        ConfigError: two would be called the same.
-    """
-    names = list(names)
-    functions = Counter(name.rpartition(":")[2] for name in names)
-    found: dict[str, str] = {}
-    for name in names:
-        label = name.rpartition(":")[2]
-        if functions[label] > 1 and ":" in name:
-            label = name.replace(":", ".").replace("/", ".").lstrip(".")
-        if label in found.values():
-            raise ConfigError(f"two rewards would be called {label!r}; name one otherwise, and set its function")
-        found[name] = label
-    return found
 
 
 def _name(function: RewardFunction) -> str:

@@ -105,6 +105,7 @@ def test_one_file_needs_no_list() -> None:
         ({"reward": {"batch_size": 4, "micro_batch_size": 8}}, "must divide batch_size"),
         ({"ppo": {"minibatches": 3}}, "must divide episodes"),
         ({"ppo": {"rewards": {}}}, "rewards is empty"),
+        ({"ppo": {"eval_every": 9, "best_metric": "reward/modl"}}, "allowed are score, reward/model"),
         ({"ppo": {"rewards": {"brief": 1}}}, "'brief' is no built-in reward"),
         ({"ppo": {"rewards": {"quality": {"function": "model"}}}, "reward": False}, "the reward stage is off"),
         ({"name": "../up"}, "match pattern"),

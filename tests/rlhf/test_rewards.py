@@ -23,7 +23,7 @@ from transformers import (
 from rlhf import rewards
 from rlhf.errors import ConfigError, RewardError
 from rlhf.random_weights import random_model
-from rlhf.rewards.weighted import labels
+from rlhf.rewards.registry import labels
 from rlhf.schema import RewardSpec
 
 PROMPTS, RESPONSES = ["p one", "p two", "p three"], [" a", " bb", " ccc"]
