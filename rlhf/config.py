@@ -217,15 +217,16 @@ class _PpoSection(OptionalStage):
 
     @model_validator(mode="after")
     def _check(self) -> _PpoSection:
-        if problem := ppo_settings.conflict(self):  # type: ignore[arg-type]
+        options: Any = self  # which has those of the engine, too
+        if problem := ppo_settings.conflict(options):
             raise ValueError(problem)
         if self.enabled and not self.rewards:
             raise ValueError("rewards is empty; name at least one, e.g. {model: 1.0}")
         from rlhf.rewards.registry import labels  # not at the top: most stages have no rewards among their code
 
         allowed = ["score", *(f"reward/{label}" for label in labels(self.rewards).values())]
-        if self.eval_every and self.best_metric not in allowed:
-            raise ValueError(f"best_metric is {self.best_metric!r}; allowed are {', '.join(allowed)}")
+        if options.eval_every and options.best_metric not in allowed:
+            raise ValueError(f"best_metric is {options.best_metric!r}; allowed are {', '.join(allowed)}")
         return self
 
     @property
