@@ -17,6 +17,7 @@ from pydantic import Field
 
 from flows.cancelling import cancellable
 from flows.display import PlainDisplay
+from flows.project import enter_project
 from rlhf.artifacts import Store
 from rlhf.config import PipelineConfig
 from rlhf.disk import named_if_full
@@ -72,6 +73,7 @@ def pipeline(
     Returns:
         The run's id, and per stage its key, digest, whether it came from the cache, seconds and reasons.
     """
+    enter_project()
     return run_pipeline(config, _selection(only, from_stage, until, refresh), dry_run=dry_run)
 
 
@@ -102,6 +104,7 @@ def preset(
     Returns:
         As ``pipeline``.
     """
+    enter_project()
     config = load(preset, size=None if size == FULL else size, overrides=overrides)
     return run_pipeline(config, _selection(only, from_stage, until, refresh), dry_run=dry_run)
 

@@ -9,6 +9,7 @@ from prefect.states import Completed
 
 from flows.cancelling import cancellable
 from flows.pipeline import run_pipeline
+from flows.project import enter_project
 from rlhf import champion
 from rlhf.champion import Contender
 from rlhf.config import PipelineConfig
@@ -30,6 +31,7 @@ def retrain(config: PipelineConfig) -> State[dict[str, Any]]:
     Returns:
         A state named "Nothing new", "Promoted" or "Refused", whose message says why.
     """
+    enter_project()
     store = open_store()
     holder = champion.read(store.home, "champions", config.name)
     last = champion.read(store.home, "candidates", config.name) or holder
