@@ -5,12 +5,15 @@ while the others wait for it; stages that train take turns for the slot ``resour
 """
 
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from itertools import islice, product
 from multiprocessing import active_children
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Annotated, Any, Literal
 
@@ -34,6 +37,7 @@ from tasks.stopping import STOP_SECONDS
 MOST_RUNS = 1000
 END_SECONDS = STOP_SECONDS + 3.0  # for all runs to end with a checkpoint, when the sweep is stopped
 Runner = TaskRunner[Any]
+Futures = dict[str, PrefectFuture[Any]]  # by the name of the run
 
 
 def combinations(over: Sequence[str]) -> list[tuple[str, ...]]:
@@ -100,8 +104,10 @@ def sweep(
         chosen[named.name] = settings, named
     done: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
-    with flow_run_alive(store.home), (_processes if where == "processes" else _ray)(runs) as runner:
-        for name, run in _ended(runner, {name: config for name, (_, config) in chosen.items()}, runs):
+    futures: Futures = {}
+    carried = _processes(runs) if where == "processes" else _on_ray(runs, store.home, futures)
+    with flow_run_alive(store.home), carried as runner:
+        for name, run in _ended(runner, {name: config for name, (_, config) in chosen.items()}, runs, futures):
             try:
                 done[name] = {"settings": list(chosen[name][0]), **run.result()}
                 get_run_logger().info("%s done: %s", name, ", ".join(chosen[name][0]))
@@ -115,10 +121,12 @@ def sweep(
 
 
 def _ended(
-    runner: Runner, configs: Mapping[str, PipelineConfig], runs: int
+    runner: Runner, configs: Mapping[str, PipelineConfig], runs: int, futures: Futures
 ) -> Iterator[tuple[str, PrefectFuture[Any]]]:
-    """Each run as soon as it has ended; at most ``runs`` are under way at once, whatever room a cluster has."""
-    futures: dict[str, PrefectFuture[Any]] = {}
+    """Each run as soon as it has ended; at most ``runs`` are under way at once, whatever room a cluster has.
+
+    ``futures`` gets those that were started.
+    """
     ended: SimpleQueue[str] = SimpleQueue()
     waiting = iter(configs.items())
 
@@ -170,8 +178,10 @@ def _end_all_but(others: Set[BaseProcess], seconds: float = END_SECONDS) -> None
 
 
 @contextmanager
-def _ray(runs: int) -> Iterator[Runner]:
+def _on_ray(runs: int, home: Path, futures: Futures) -> Iterator[Runner]:
     """Carries runs on the Ray cluster of RAY_ADDRESS or of this machine; on one of its own, where there is none.
+
+    Where it is left early, the ``futures`` are interrupted first, as if by Ctrl-C: a training leaves a checkpoint.
 
     Raises:
         ConfigError: Ray is not installed, or the cluster of RAY_ADDRESS does not answer.
@@ -181,17 +191,28 @@ def _ray(runs: int) -> Iterator[Runner]:
         from prefect_ray import RayTaskRunner
     except ImportError:
         raise ConfigError("where is `ray`, but Ray is not installed: pip install 'rlhf-pipeline[ray]'") from None
+    ours = {name: value for name, value in os.environ.items() if name.startswith("RLHF_")} | {"RLHF_HOME": str(home)}
+    environment = {"env_vars": ours}  # a cluster that is there has that of whoever started it
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address="auto")
+        ray.init(address="auto", runtime_env=environment)
     except ConnectionError as error:
         if address := os.environ.get("RAY_ADDRESS"):
             raise ConfigError(
                 f"RAY_ADDRESS is {address!r}, but no Ray cluster answers there ({error}); start it, or unset "
                 "RAY_ADDRESS, and the runs are on this machine"
             ) from None
-        ray.init(address="local", num_cpus=runs)
+        ray.init(address="local", num_cpus=runs, runtime_env=environment)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own would end this process at once
     try:
         with RayTaskRunner() as runner:
             yield runner
+    except BaseException:
+        references = [future.wrapped_future for future in futures.values()]  # type: ignore[attr-defined]
+        for reference in references:
+            ray.cancel(reference)
+        ray.wait(references, num_returns=len(references), timeout=END_SECONDS)
+        raise
     finally:
         ray.shutdown()
