@@ -35,7 +35,7 @@ LOOKS = {
     "sft": Look("#0072B2", "//", "--"),
     "ppo": Look("#D55E00", "..", "-"),
     "reference": Look("#009E73", "xx", "-."),
-    "training": Look("#CC79A7", "\\\\", (0, (1, 1))),
+    "training": Look("#CC79A7", "\\\\", (0, (5, 1, 1, 1, 1, 1))),
     "chosen": Look("#0072B2", "//", "-"),
     "rejected": Look("#D55E00", "..", "--"),
 }
