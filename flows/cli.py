@@ -18,21 +18,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from flows import generate, summary, up
-from rlhf import champion, headlines
-from rlhf.artifacts import Store, verify
+from flows import cache, generate, summary, up
+from rlhf import headlines
+from rlhf.artifacts import Store
 from rlhf.config import PipelineConfig
-from rlhf.errors import ArtifactError, ConfigError, InputError, RlhfError
+from rlhf.errors import ConfigError, InputError, RlhfError
 from rlhf.locations import STORE_VARIABLE, home_directory
 from rlhf.plan import Planner, Selection, StagePlan
 from rlhf.runs import read_runs
 from rlhf.settings import dump, load, presets
 from rlhf.stages import STAGES
-from rlhf.stores import SharingStore, open_store
+from rlhf.stores import open_store
 
 if TYPE_CHECKING:
     from flows.server import Server
-    from rlhf.artifacts import Manifest
 
 DEFAULT_SOURCE = "demo"
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -221,76 +220,6 @@ def _runs(options: argparse.Namespace, console: Console) -> None:
     summary.print_table(("run", "pipeline", "status", "began", "took", "stages (* computed)"), rows, console)
 
 
-def _cache_ls(options: argparse.Namespace, console: Console) -> None:
-    store = Store(home_directory(options.home))
-    rows: list[dict[str, Any]] = []
-    for path in store.artifacts():
-        stage, key = path.parent.name, path.name
-        try:
-            manifest: Manifest | None = store.open(stage, key)
-            state = "ok"
-        except ArtifactError as error:
-            manifest, state = store.remembered(stage, key), str(error)
-        rows.append({
-            "stage": stage, "key": key, "bytes": manifest.size if manifest else None, "state": state,
-            "pipeline": manifest.pipeline if manifest else None, "last_used": store.last_used(stage, key),
-        })  # fmt: skip
-    if options.json:
-        print(json.dumps(rows, indent=1))
-        return
-    table = [
-        (r["stage"], r["key"][:12], r["pipeline"] or "", headlines.size(r["bytes"] or 0),
-         time.strftime("%Y-%m-%d %H:%M", time.localtime(r["last_used"])), r["state"])
-        for r in rows
-    ]  # fmt: skip
-    summary.print_table(("stage", "key", "pipeline", "size", "last used", "state"), table, console)
-    console.print(
-        f"{len(rows)} artifacts, {headlines.size(sum(r['bytes'] or 0 for r in rows))} in {store.root}", soft_wrap=True
-    )
-
-
-def _cache_verify(options: argparse.Namespace, console: Console) -> int:
-    store = Store(home_directory(options.home))
-    damaged = 0
-    artifacts = list(store.artifacts())
-    for path in artifacts:
-        try:
-            verify(path, thorough=True)
-            store.open(path.parent.name, path.name)
-        except ArtifactError as error:
-            damaged += 1
-            console.print(f"{path}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{len(artifacts) - damaged} of {len(artifacts)} artifacts are as they were written")
-    return FAILED if damaged else DONE
-
-
-def _cache_send(options: argparse.Namespace, console: Console) -> None:
-    store = _store(options)
-    if not isinstance(store, SharingStore):
-        raise ConfigError(f"there is no shared store to send to; name one: --store URL, or {STORE_VARIABLE}")
-    sent = store.send_all()
-    console.print(f"{store.shared.url} has all {sent} artifacts of {store.root}", highlight=False, soft_wrap=True)
-
-
-def _cache_gc(options: argparse.Namespace, console: Console) -> None:
-    """Keep what the last runs of each pipeline used, and the champions."""
-    store = Store(home_directory(options.home))
-    by_pipeline: dict[str, list[Any]] = {}
-    for record in read_runs(store.home):
-        by_pipeline.setdefault(record.pipeline, []).append(record)
-    keep = {
-        (stage, str(row["key"]))
-        for records in by_pipeline.values()
-        for record in records[-options.keep :]
-        for stage, row in record.stages.items()
-    }
-    deleted = store.collect_garbage(keep | champion.artifacts_in_use(store.home), dry_run=options.dry_run)
-    for path, size in deleted:
-        console.print(f"{path}  {headlines.size(size)}", highlight=False, markup=False, soft_wrap=True)
-    verb = "would free" if options.dry_run else "freed"
-    console.print(f"{len(deleted)} deleted, {verb} {headlines.size(sum(size for _, size in deleted))}")
-
-
 def _count(text: str) -> int:
     """An option that counts something: 1 or more."""
     if not text.isdecimal() or int(text) < 1:
@@ -382,13 +311,13 @@ def _parser() -> argparse.ArgumentParser:
         "--shipped", action="store_true", help="and each preset whose data is on a hub or comes with this package"
     )
     deploy.add_argument("--pool", default="rlhf", help="work pool that runs them (default: rlhf)")
-    cache = commands.add_parser("cache", help="Look at the artifact store, check it, clean it.")
-    verbs = cache.add_subparsers(required=True, metavar="VERB")
-    add("ls", _cache_ls, "List the artifacts.", as_json, to=verbs)
-    add("verify", _cache_verify, "Hash every file of every artifact.", to=verbs)
-    add("send", _cache_send, "Send the shared store every artifact that it lacks.", store, to=verbs)
+    about = commands.add_parser("cache", help="Look at the artifact store, check it, clean it.")
+    verbs = about.add_subparsers(required=True, metavar="VERB")
+    add("ls", cache.ls, "List the artifacts.", as_json, to=verbs)
+    add("verify", cache.verify, "Hash every file of every artifact.", to=verbs)
+    add("send", cache.send, "Send the shared store every artifact that it lacks.", store, to=verbs)
     gc = add(
-        "gc", _cache_gc, "Delete artifacts that neither the last runs of each pipeline nor its champion used.", to=verbs
+        "gc", cache.gc, "Delete artifacts that neither the last runs of each pipeline nor its champion used.", to=verbs
     )
     gc.add_argument("--keep", type=_count, default=5, help="runs of each pipeline to keep (default: 5)")
     gc.add_argument("--dry-run", action="store_true", help="only say what would be deleted")

@@ -24,6 +24,7 @@ from pydantic import Field
 
 from flows.cancelling import cancellable
 from flows.pipeline import pipeline
+from flows.project import enter_project
 from rlhf.config import PipelineConfig
 from rlhf.errors import ConfigError, RlhfError
 from rlhf.plan import Planner
@@ -95,6 +96,7 @@ def sweep(
         InputError: a setting is wrong; no run is started then.
         RlhfError: runs failed; the message names them. The others came to their end.
     """
+    enter_project()
     store = open_store()
     chosen: dict[str, tuple[tuple[str, ...], PipelineConfig]] = {}
     for number, settings in enumerate(combinations(over), start=1):

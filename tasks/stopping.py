@@ -61,3 +61,4 @@ def gently(stop: Stop, tell: Callable[[], None] = lambda: None, seconds: float =
         patience.cancel()
     if came:
         signal.raise_signal(came[0])
+        raise KeyboardInterrupt  # the signal is ignored here; there is nothing to go on with

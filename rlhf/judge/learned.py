@@ -25,7 +25,7 @@ def judge_model(context: Context) -> Callable[[Sequence[str], Sequence[str], Col
     training.set_up_cpu(context.config.resources)
     training.seed_everything(context.config.seed)
     config = context.config.model_copy(update={"reward": section})
-    model, tokenizer, _ = reward.learn(replace(context, config=config))
+    model, tokenizer, *_ = reward.learn(replace(context, config=config))
     model.eval().requires_grad_(False)
     scorer = rewards.RewardModel(model, tokenizer)
 

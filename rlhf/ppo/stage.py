@@ -81,7 +81,7 @@ def run(context: Context) -> dict[str, float]:
     finals = trainer.train()
     if accelerator.is_main_process:
         save(trainer, context.out)
-    return finals
+    return finals | {"ppo/trainable_parameters": float(training.trainable_parameters(trainer.policy))}
 
 
 def check_disk(trainer: Trainer) -> None:

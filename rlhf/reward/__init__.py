@@ -17,7 +17,7 @@ import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -59,7 +59,7 @@ def run(context: Context) -> dict[str, float]:
     config, section = context.config, context.config.reward
     training.set_up_cpu(config.resources)
     training.seed_everything(config.seed)
-    model, tokenizer, train = learn(context)
+    model, tokenizer, train, trainable = learn(context)
     if processes.index():
         return {}
     read = Reader(context, tokenizer, model)
@@ -72,11 +72,21 @@ def run(context: Context) -> dict[str, float]:
 
     measured = _measured(context, model, train, pairs, ratings)
     finals = {f"train_{_name(train)}": float(len(train[0])), "score_mean": mean, "score_std": std} | measured
+    finals["trainable_parameters"] = float(trainable)
     return {f"reward/{name}": value for name, value in finals.items()}
 
 
-def learn(context: Context) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Pairs | Ratings]:
-    """The model that the section ``reward`` describes after its training, its tokenizer, and what it learnt from.
+class Learnt(NamedTuple):
+    """A model after its training, what it learnt from, and how many of its numbers learnt."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    train: Pairs | Ratings
+    trainable: int
+
+
+def learn(context: Context) -> Learnt:
+    """The model that the section ``reward`` describes after its training.
 
     Its scores are logits still, not shifted to any references.
 
@@ -88,7 +98,8 @@ def learn(context: Context) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, P
     train, validation = (_examples(read, objective, split) for split in ("train", "validation"))
     if isinstance(train, Ratings):
         model.config.rating_mean, model.config.rating_std = _rating_scale(train)
-    return _trained(context, model, tokenizer, train, validation), tokenizer, train
+    trained, trainable = _trained(context, model, tokenizer, train, validation)
+    return Learnt(trained, tokenizer, train, trainable)
 
 
 def _examples(read: Reader, objective: str, split: str) -> Pairs | Ratings:
@@ -116,10 +127,14 @@ def _trained(
     tokenizer: PreTrainedTokenizerBase,
     train: Pairs | Ratings,
     validation: Pairs | Ratings,
-) -> PreTrainedModel:
-    """The model after training, adapters merged. The validation rows are scored before, between epochs and after."""
+) -> tuple[PreTrainedModel, int]:
+    """The model after training, adapters merged, and how many numbers learnt.
+
+    The validation rows are scored before, between epochs and after.
+    """
     section = context.config.reward
     trainer = make_trainer(context, model, tokenizer, train)
+    trainable = training.trainable_parameters(trainer.model)
 
     def validate() -> dict[str, float]:
         return _validation(trainer.model, validation, section.micro_batch_size or section.batch_size)
@@ -132,7 +147,7 @@ def _trained(
         log_values(context, validate(), trainer.state.global_step)
     lora = context.config.model.lora_rank
     trained: PreTrainedModel = adapt.merge_lora(trainer.model) if lora else trainer.model
-    return trained
+    return trained, trainable
 
 
 def _validation(model: Any, rows: Pairs | Ratings, size: int) -> dict[str, float]:

@@ -1,0 +1,96 @@
+"""``rlhf cache``: looking at the artifact store, checking it, sending it, cleaning it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from typing import Any
+
+from rich.console import Console
+
+from flows import summary
+from rlhf import artifacts, champion, headlines
+from rlhf.artifacts import Manifest, Store
+from rlhf.errors import ArtifactError, ConfigError
+from rlhf.locations import STORE_VARIABLE, home_directory
+from rlhf.runs import read_runs
+from rlhf.stores import SharingStore, open_store
+
+
+def ls(options: argparse.Namespace, console: Console) -> None:
+    """List the artifacts."""
+    store = Store(home_directory(options.home))
+    rows: list[dict[str, Any]] = []
+    for path in store.artifacts():
+        stage, key = path.parent.name, path.name
+        try:
+            manifest: Manifest | None = store.open(stage, key)
+            state = "ok"
+        except ArtifactError as error:
+            manifest, state = store.remembered(stage, key), str(error)
+        rows.append({
+            "stage": stage, "key": key, "bytes": manifest.size if manifest else None, "state": state,
+            "pipeline": manifest.pipeline if manifest else None, "last_used": store.last_used(stage, key),
+        })  # fmt: skip
+    if options.json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = [
+        (r["stage"], r["key"][:12], r["pipeline"] or "", headlines.size(r["bytes"] or 0),
+         time.strftime("%Y-%m-%d %H:%M", time.localtime(r["last_used"])), r["state"])
+        for r in rows
+    ]  # fmt: skip
+    summary.print_table(("stage", "key", "pipeline", "size", "last used", "state"), table, console)
+    console.print(
+        f"{len(rows)} artifacts, {headlines.size(sum(r['bytes'] or 0 for r in rows))} in {store.root}", soft_wrap=True
+    )
+
+
+def verify(options: argparse.Namespace, console: Console) -> int:
+    """Hash every file of every artifact; the exit code."""
+    store = Store(home_directory(options.home))
+    damaged = 0
+    paths = list(store.artifacts())
+    for path in paths:
+        try:
+            artifacts.verify(path, thorough=True)
+            store.open(path.parent.name, path.name)
+        except ArtifactError as error:
+            damaged += 1
+            console.print(f"{path}: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"{len(paths) - damaged} of {len(paths)} artifacts are as they were written")
+    return 1 if damaged else 0
+
+
+def send(options: argparse.Namespace, console: Console) -> None:
+    """Send the shared store what it lacks.
+
+    Raises:
+        ConfigError: there is none.
+        StorageError: that failed.
+    """
+    store = open_store(options.home)
+    if not isinstance(store, SharingStore):
+        raise ConfigError(f"there is no shared store to send to; name one: --store URL, or {STORE_VARIABLE}")
+    sent = store.send_all()
+    console.print(f"{store.shared.url} has all {sent} artifacts of {store.root}", highlight=False, soft_wrap=True)
+
+
+def gc(options: argparse.Namespace, console: Console) -> None:
+    """Keep what the last runs of each pipeline used, and the champions."""
+    store = Store(home_directory(options.home))
+    by_pipeline: dict[str, list[Any]] = {}
+    for record in read_runs(store.home):
+        by_pipeline.setdefault(record.pipeline, []).append(record)
+    keep = {
+        (stage, str(row["key"]))
+        for records in by_pipeline.values()
+        for record in records[-options.keep :]
+        for stage, row in record.stages.items()
+    }
+    deleted = store.collect_garbage(keep | champion.artifacts_in_use(store.home), dry_run=options.dry_run)
+    for path, size in deleted:
+        console.print(f"{path}  {headlines.size(size)}", highlight=False, markup=False, soft_wrap=True)
+    verb = "would free" if options.dry_run else "freed"
+    console.print(f"{len(deleted)} deleted, {verb} {headlines.size(sum(size for _, size in deleted))}")
