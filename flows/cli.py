@@ -311,8 +311,8 @@ def _parser() -> argparse.ArgumentParser:
         "--shipped", action="store_true", help="and each preset whose data is on a hub or comes with this package"
     )
     deploy.add_argument("--pool", default="rlhf", help="work pool that runs them (default: rlhf)")
-    about = commands.add_parser("cache", help="Look at the artifact store, check it, clean it.")
-    verbs = about.add_subparsers(required=True, metavar="VERB")
+    group = commands.add_parser("cache", help="Look at the artifact store, check it, clean it.")
+    verbs = group.add_subparsers(required=True, metavar="VERB")
     add("ls", cache.ls, "List the artifacts.", as_json, to=verbs)
     add("verify", cache.verify, "Hash every file of every artifact.", to=verbs)
     add("send", cache.send, "Send the shared store every artifact that it lacks.", store, to=verbs)

@@ -27,9 +27,9 @@ from rlhf.settings import load, presets
 from rlhf.stages import StageName
 from rlhf.stores import open_store
 from tasks import prefect_ui, tracking
+from tasks.flow_runs import flow_run_alive
 from tasks.journal import RunJournal
 from tasks.mlflow_server import tracking_uri
-from tasks.prefect_server import flow_run_alive
 from tasks.run import Run, Watcher, current_run
 from tasks.shipper import Shipper
 from tasks.stages import run_stage

@@ -1,6 +1,6 @@
 """Runs that nobody carries any more: found, and given the state that is true of them.
 
-A flow run of this package holds a lock in the home folder as long as its process lives (``tasks.prefect_server``). So
+A flow run of this package holds a lock in the home folder as long as its process lives (``tasks.flow_runs``). So
 one that Prefect calls Running and whose lock is free is dead, for certain and at once, where heartbeats would take
 minutes.
 """
@@ -16,7 +16,7 @@ from uuid import UUID
 
 from flows.deployments import POOL
 from rlhf.locations import home_directory
-from tasks.prefect_server import dead_flow_runs, flow_run_lives, flow_run_was_here, forget_flow_run
+from tasks.flow_runs import dead_flow_runs, flow_run_lives, flow_run_was_here, forget_flow_run
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient

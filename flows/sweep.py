@@ -31,8 +31,8 @@ from rlhf.plan import Planner
 from rlhf.settings import load
 from rlhf.stores import open_store
 from rlhf.yaml12 import read_mapping, write_value
+from tasks.flow_runs import flow_run_alive
 from tasks.lifetime import end_with
-from tasks.prefect_server import flow_run_alive
 from tasks.stopping import STOP_SECONDS
 
 MOST_RUNS = 1000

@@ -1,21 +1,16 @@
-"""What this package keeps on a Prefect server (a work pool, limits), and which flow runs live on this machine."""
+"""What this package keeps on a Prefect server (a work pool, limits), and how it asks one that may be away."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
 
-from rlhf.locks import is_locked, lock, unlock
 from rlhf.retry import retry
 
-NEW_SECONDS = 5.0  # a lock of this age is held by now, if its process lives
-LIFE = "flow-run-"  # of the names of the locks that say that a flow run lives
 PATIENCE_SECONDS = 300.0  # with a server that is away
 FIRST_SECONDS = 0.1  # before it is asked again for the first time
 T = TypeVar("T")
@@ -108,47 +103,3 @@ def is_being_cancelled() -> bool:
     except (httpx.HTTPError, PrefectHTTPStatusError):
         return False
     return state is not None and state.is_cancelling()
-
-
-@contextmanager
-def flow_run_alive(home: Path) -> Iterator[None]:
-    """Say on this machine that the process of the present flow run lives, as long as it does."""
-    from prefect import runtime
-
-    path = _life(home, str(runtime.flow_run.id))
-    descriptor = lock(path)
-    assert descriptor is not None
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        unlock(descriptor)
-
-
-def flow_run_lives(home: Path, flow_run: str) -> bool:
-    """Whether a process of this machine carries a flow run."""
-    return is_locked(_life(home, flow_run))
-
-
-def flow_run_was_here(home: Path, flow_run: str) -> bool:
-    """Whether one did, and did not come to its end."""
-    return _life(home, flow_run).exists()
-
-
-def dead_flow_runs(home: Path) -> list[str]:
-    """Flow runs that a process of this machine carried until it was killed, a few seconds ago or more."""
-    found = []
-    for path in (home / "locks").glob(f"{LIFE}*.lock"):
-        with suppress(FileNotFoundError):  # it has just ended
-            if time.time() - path.stat().st_mtime > NEW_SECONDS and not is_locked(path):
-                found.append(path.stem.removeprefix(LIFE))
-    return found
-
-
-def forget_flow_run(home: Path, flow_run: str) -> None:
-    """Take away what a dead process left of a flow run."""
-    _life(home, flow_run).unlink(missing_ok=True)
-
-
-def _life(home: Path, flow_run: str) -> Path:
-    return home / "locks" / f"{LIFE}{flow_run}.lock"
