@@ -152,10 +152,10 @@ def cancel_all(timeout: float, pool: str = POOL) -> tuple[list[str], list[str]]:
     with get_client(sync_client=True) as client:
         while left := _runs(pool):
             for run in left:
-                if run.id not in asked:  # at first all; later, what the worker had taken before the pause
+                asked[run.id] = run.name
+                if _type(run) != "CANCELLING":  # at first; later, one that the worker was just starting
                     pending = _type(run) == "PENDING"
                     client.set_flow_run_state(run.id, Cancelled() if pending else Cancelling(), force=pending)
-                    asked[run.id] = run.name
             if time.monotonic() > deadline:
                 break
             time.sleep(POLL_SECONDS)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.parse
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -25,6 +26,15 @@ from tests.team.conftest import Up, started, wait_for
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SMOKE = {"preset": "demo", "size": "smoke", "overrides": ["resources.threads=1"]}
+SLOW = """\
+import time
+from pathlib import Path
+
+def slow(prompts, responses):
+    Path(__file__).with_name("asleep").touch()
+    time.sleep(8)
+    return [0.0] * len(prompts)
+"""
 STAGES = ["prepare", "sft", "judge", "reward", "ppo", "evaluate"]
 
 
@@ -242,24 +252,31 @@ def test_nothing_is_left(tmp_path: Path, number: signal.Signals) -> None:
 
     A run that waits does not begin while the others end, but then; unless a person has paused the pool.
     """
-    with started(tmp_path / "home", "--runs", "1") as first:
-        run = first.submit(
-            "preset/run", **SMOKE | {"overrides": ["resources.threads=1", "ppo.updates=2000", "ppo.checkpoint_every=1"]}
-        )
+    with started(tmp_path / "home", "--runs", "2") as first:
+        (first.project / "slow.py").write_text(SLOW)
+        asleep = first.project / "asleep"
+        changes = ["ppo.updates=2000", "ppo.checkpoint_every=1", "ppo.rewards={slow.py:slow: 1.0}"]
+        slow = first.submit("preset/run", **SMOKE | {"overrides": ["resources.threads=1", *changes]})
         wait_for(lambda: list(first.home.glob("work/ppo-*/checkpoints/checkpoint-*")), "a checkpoint of ppo")
+        quick = first.submit("preset/run", **SMOKE | {"overrides": ["resources.threads=1", "seed=9"]})
+        wait_for(lambda: first.state(quick) == "RUNNING", "a run that waits for the slot, and ends at once")
         waits = first.submit("preset/run", **SMOKE | {"dry_run": True})
         if number != signal.SIGINT:  # by a person; and at SIGKILL as if by one that was just stopping
             first.api("PATCH", "work_pools/rlhf", is_paused=True)
         if number == signal.SIGKILL:
             (first.home / PAUSED).touch()
+        asleep.unlink()
+        wait_for(asleep.exists, "a step that takes a while to end")
         everyone = first.tree()
         first.process.send_signal(number)
         _, alive = psutil.wait_procs(everyone, timeout=90)
         assert not alive
+        stopped = datetime.now(UTC)
     with started(tmp_path / "home") as second:
-        assert second.state(run) == ("CRASHED" if number == signal.SIGKILL else "CANCELLED")
+        ended = "CRASHED" if number == signal.SIGKILL else "CANCELLED"
+        assert (second.state(slow), second.state(quick)) == (ended, ended)
         assert not (second.home / PAUSED).exists()
         assert second.api("GET", "work_pools/rlhf")["is_paused"] == (number == signal.SIGTERM)
         second.api("PATCH", "work_pools/rlhf", is_paused=False)
         assert second.finish(waits) == "COMPLETED"
-        assert second.api("GET", f"flow_runs/{waits}")["run_count"] == 1
+        assert datetime.fromisoformat(second.api("GET", f"flow_runs/{waits}")["start_time"]) > stopped
