@@ -33,6 +33,11 @@ atexit.register(lambda: [function() for function in atexit_after_prefect])
 importlib.import_module("prefect.main")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test comes first, or one process would be alone with it in the end."""
+    items.sort(key=lambda item: "test_large.py" not in item.nodeid)
+
+
 @pytest.fixture(autouse=True)
 def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test has a home folder of its own, and no shared store."""

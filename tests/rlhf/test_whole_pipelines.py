@@ -120,4 +120,4 @@ def test_the_reward_model_of_an_encoder_decoder_starts_from_it(run: Callable[...
 def test_a_t5_has_the_context_that_was_asked_for(run: Callable[..., Finals]) -> None:
     """Its positions are relative and know no limit; prepare does."""
     with pytest.raises(DataError, match="the model's context"):
-        run(context=10)
+        run(context=10, vocab_size=260)
