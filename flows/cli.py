@@ -22,6 +22,7 @@ from flows import cache, generate, summary, up
 from rlhf import headlines
 from rlhf.artifacts import Store
 from rlhf.config import PipelineConfig
+from rlhf.disk import named_if_full
 from rlhf.errors import ConfigError, InputError, RlhfError
 from rlhf.locations import STORE_VARIABLE, home_directory
 from rlhf.plan import Planner, Selection, StagePlan
@@ -107,7 +108,7 @@ def _execute(config: PipelineConfig, selection: Selection, store: Store, console
     display = make_display(console)
     token = watcher.set(display)
     try:
-        with looked_after():
+        with looked_after(), named_if_full(store.home):  # Prefect's own database is there, too
             pipeline(
                 config,
                 only=selection.only or NONE,

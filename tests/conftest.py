@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import os
+import signal
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,10 @@ os.environ.update(
 os.environ.pop("MLFLOW_TRACKING_URI", None)
 os.environ |= {"PREFECT_API_URL": f"http://127.0.0.1:{_PORT}/api", PRIVATE: "1"}
 configure(_STATE)
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and so would what they start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Exit functions run in reverse order: this one, registered before Prefect is imported, after Prefect's own.
 atexit_after_prefect: list[Callable[[], None]] = []
