@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,16 @@ BACKOFF_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)  # before a child that has died is
 
 
 class Child:
-    """A program that is to be there until ``stop``; ``revive`` starts it again when it has died."""
+    """A program that is to be there until ``stop``; ``revive`` starts it again when it has died.
+
+    ``before_revival`` is called then, when all that the dead one had started is gone. If it raises, the program is not
+    started, and the next ``revive`` tries again.
+    """
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
         self.name = name
         self.log = log
+        self.before_revival: Callable[[], None] = lambda: None
         self._command = list(command)
         self._environment = dict(environment)
         self._process: subprocess.Popen[bytes] | None = None
@@ -70,8 +75,9 @@ class Child:
                 f"{self.name} ended with exit code {self.exit_code}; it is started again in {wait:.0f} s ({self.log})"
             )
         if now >= self._next_start:
-            self._next_start = 0.0
             self._end_session()
+            self.before_revival()
+            self._next_start = 0.0
             self.start()
         return None
 

@@ -280,8 +280,14 @@ def _serve(options: argparse.Namespace, addresses: Addresses, console: Console) 
 
         made = apply(shipped())
         _go_on(home, console)  # if one was killed while it stopped
-        for name in reap(WORKER):
-            console.print(GONE.format(name), highlight=False)
+
+        def clear() -> None:
+            """End what the worker carried, or was just starting, when it died."""
+            for name in reap(WORKER):
+                console.print(GONE.format(name), highlight=False)
+
+        clear()
+        worker.before_revival = clear
         worker.start()
         (home / STATE).write_text(json.dumps(asdict(addresses)), "utf-8")
         console.print(f"\nready; {len(made)} deployments", highlight=False)
@@ -289,10 +295,10 @@ def _serve(options: argparse.Namespace, addresses: Addresses, console: Console) 
         console.print("Ctrl-C ends all of it.")
         looked = time.monotonic()
         while not stopping.asked:
-            for child in (prefect, mlflow, worker):
-                if news := child.revive():
-                    console.print(news, highlight=False, soft_wrap=True)
             with suppress(httpx.HTTPError, PrefectHTTPStatusError):  # Prefect does not answer: the next time, then
+                for child in (prefect, mlflow, worker):
+                    if news := child.revive():
+                        console.print(news, highlight=False, soft_wrap=True)
                 gone = reap_killed()
                 if time.monotonic() - looked > LOOK_SECONDS:
                     gone, looked = gone + reap_cancelled(), time.monotonic()

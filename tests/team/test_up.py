@@ -217,6 +217,17 @@ def test_what_dies_is_started_again(up: Up, name: str) -> None:
     assert up.finish(run) == "COMPLETED"
 
 
+def test_a_run_that_was_being_started_when_the_worker_died_is_started_again(up: Up) -> None:
+    later = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2099-01-01T00:00:00Z"}}
+    deployment = up.deployment("preset/run")["id"]
+    run = up.api("POST", f"deployments/{deployment}/create_flow_run", parameters=SMOKE, state=later)["id"]
+    up.api("POST", f"flow_runs/{run}/set_state", state={"type": "PENDING"}, force=True)
+    victim = child(up, "worker")
+    assert victim is not None
+    psutil.Process(victim).terminate()
+    assert up.finish(run) == "COMPLETED"
+
+
 def test_a_run_that_is_cancelled_before_it_begins_does_not_stay_so(up: Up) -> None:
     """Its process ends without a word to the server, as that of a run which is cancelled while it is being started."""
     later = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2099-01-01T00:00:00Z"}}
