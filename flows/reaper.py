@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+import psutil
+
 from flows.deployments import POOL
 from rlhf.locations import home_directory
 from tasks.flow_runs import dead_flow_runs, flow_run_lives, flow_run_was_here, forget_flow_run
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.5
 CANCELLING_SECONDS = 45.0  # more than a cancellation takes, on another machine too
+PENDING_SECONDS = 30.0  # more than a worker takes to start a process
 PAUSED = "up.paused"  # in the home folder: the pool is paused by rlhf up, and not by a person
 UNENDED = ("RUNNING", "PENDING", "CANCELLING")  # types of states
 
@@ -43,10 +46,7 @@ def reap(worker: str, pool: str = POOL) -> list[str]:
 
     home, found = home_directory(), []
     with get_client(sync_client=True) as client:
-        alone = not any(
-            other.status is not None and other.status.value == "ONLINE" and other.name != worker
-            for other in client.read_workers_for_work_pool(pool)
-        )
+        alone = _alone(client, worker, pool)
         for run in _runs(pool):
             if flow_run_lives(home, str(run.id)) or not (alone or flow_run_was_here(home, str(run.id))):
                 continue
@@ -75,6 +75,39 @@ def reap_killed() -> list[str]:
                     found.append(run.name)
             forget_flow_run(home, flow_run)
     return found
+
+
+def reap_unbegun(worker: str, pool: str = POOL) -> list[str]:
+    """Schedule the runs again whose process ended before they had begun; the names of those runs.
+
+    A process that cannot ask the server, as its database is away, ends without having said that the run is its own. A
+    pool that other workers serve too is left alone: their processes are not seen from here.
+
+    Args:
+        worker: the name of this machine's worker.
+        pool: the work pool.
+    """
+    from prefect.client.orchestration import get_client
+
+    home, found = home_directory(), []
+    with get_client(sync_client=True) as client:
+        for run in _runs(pool):
+            process, since = run.infrastructure_pid or "", run.state.timestamp if run.state else None
+            if _type(run) != "PENDING" or since is None or flow_run_lives(home, str(run.id)):
+                continue
+            gone = process.isdecimal() and not psutil.pid_exists(int(process))
+            if gone and time.time() - since.timestamp() > PENDING_SECONDS and _alone(client, worker, pool):
+                _correct(client, run)
+                found.append(run.name)
+    return found
+
+
+def _alone(client: SyncPrefectClient, worker: str, pool: str) -> bool:
+    """Whether no worker but this one serves a pool."""
+    return not any(
+        other.status is not None and other.status.value == "ONLINE" and other.name != worker
+        for other in client.read_workers_for_work_pool(pool)
+    )
 
 
 def reap_cancelled(pool: str = POOL) -> list[str]:

@@ -276,7 +276,7 @@ def _serve(options: argparse.Namespace, addresses: Addresses, console: Console) 
         from prefect.exceptions import PrefectHTTPStatusError
 
         from flows.deployments import apply, shipped
-        from flows.reaper import reap, reap_cancelled, reap_killed
+        from flows.reaper import reap, reap_cancelled, reap_killed, reap_unbegun
 
         made = apply(shipped())
         _go_on(home, console)  # if one was killed while it stopped
@@ -301,7 +301,7 @@ def _serve(options: argparse.Namespace, addresses: Addresses, console: Console) 
                         console.print(news, highlight=False, soft_wrap=True)
                 gone = reap_killed()
                 if time.monotonic() - looked > LOOK_SECONDS:
-                    gone, looked = gone + reap_cancelled(), time.monotonic()
+                    gone, looked = gone + reap_cancelled() + reap_unbegun(WORKER), time.monotonic()
                 for name in gone:
                     console.print(GONE.format(name), highlight=False)
             time.sleep(0.5)

@@ -228,6 +228,18 @@ def test_a_run_that_was_being_started_when_the_worker_died_is_started_again(up: 
     assert up.finish(run) == "COMPLETED"
 
 
+def test_a_run_whose_process_ended_before_it_began_is_started_again(up: Up) -> None:
+    """As one does that cannot ask the server, whose database is away."""
+    later = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2099-01-01T00:00:00Z"}}
+    deployment = up.deployment("preset/run")["id"]
+    run = up.api("POST", f"deployments/{deployment}/create_flow_run", parameters=SMOKE, state=later)["id"]
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    up.api("PATCH", f"flow_runs/{run}", infrastructure_pid=str(ended.pid))
+    up.api("POST", f"flow_runs/{run}/set_state", state={"type": "PENDING"}, force=True)
+    assert up.finish(run) == "COMPLETED"
+
+
 def test_a_run_that_is_cancelled_before_it_begins_does_not_stay_so(up: Up) -> None:
     """Its process ends without a word to the server, as that of a run which is cancelled while it is being started."""
     later = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2099-01-01T00:00:00Z"}}
