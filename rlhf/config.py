@@ -113,8 +113,8 @@ class Sft(Supervised):
     """Supervised fine-tuning on the demonstrations; the loss counts response tokens only."""
 
 
-class Reward(Supervised):
-    """Reward-model training on preference pairs and rankings, or on ratings."""
+class RewardTraining(Supervised):
+    """How a model learns to score, from preference pairs and rankings, or from ratings."""
 
     objective: Literal["pairwise", "regression"] = Field(
         "pairwise",
@@ -134,13 +134,23 @@ class Reward(Supervised):
     )
 
     @model_validator(mode="after")
-    def _check(self) -> Reward:
+    def _check_center(self) -> RewardTraining:
         if self.objective == "regression" and self.center:
             raise ValueError(
                 f"center is {self.center}, but it is for pairs: a regression has the level of its ratings; "
                 "set center: 0 or objective: pairwise"
             )
         return self
+
+
+class Reward(RewardTraining):
+    """Reward-model training on preference pairs and rankings, or on ratings."""
+
+    held_out: bool = Field(
+        True,
+        description="Also train a second model with another seed, which PPO never sees: it judges policies, so that "
+        "over-optimisation of the first one shows.",
+    )
 
 
 class Judge(OptionalStage):
@@ -158,7 +168,9 @@ class Judge(OptionalStage):
         description="Of `comparison`: `module:function` of (prompts, firsts, seconds, **columns), which gives one "
         "number a row, above 0 where the first response is better. It is asked in both orders.",
     )
-    model: Reward = Field(Reward(), description="Of `model`: the training of the judge model, as in section reward.")
+    model: RewardTraining = Field(
+        RewardTraining(), description="Of `model`: the training of the judge model, as in section reward."
+    )
     samples: Annotated[int, Field(ge=0)] = Field(
         0, description="Responses sampled from the SFT policy to each prompt; 0 judges the pairs of the data."
     )
@@ -215,6 +227,12 @@ class _PpoSection(OptionalStage):
         "trained one), a built-in, `module:function` or `file.py:function`.",
     )
 
+    judges: Scorers = Field(
+        {},
+        description="Scores by name that each evaluation during training measures and nothing is trained on: a "
+        "function as in ppo.rewards, or {function, arguments}. The held-out reward model is one by itself, `held_out`.",
+    )
+
     @model_validator(mode="after")
     def _check(self) -> _PpoSection:
         options: Any = self  # which has those of the engine, too
@@ -224,8 +242,11 @@ class _PpoSection(OptionalStage):
             raise ValueError("rewards is empty; name at least one, e.g. {model: 1.0}")
         from rlhf.rewards.registry import labels  # not at the top: most stages have no rewards among their code
 
+        if "held_out" in self.judges:
+            raise ValueError("judges: `held_out` is the held-out reward model's name; choose another one")
         allowed = ["score", *(f"reward/{label}" for label in labels(self.rewards).values())]
-        if options.eval_every and options.best_metric not in allowed:
+        allowed += [f"judge/{name}" for name in ("held_out", *self.judges)]
+        if options.eval_every and options.best_metric is not None and options.best_metric not in allowed:
             raise ValueError(f"best_metric is {options.best_metric!r}; allowed are {', '.join(allowed)}")
         return self
 
@@ -267,6 +288,14 @@ class Evaluate(OptionalStage):
         {},
         description="Further scores by name, never trained on: a function as in ppo.rewards, or {function, arguments}.",
     )
+    judges: dict[str, str] = Field(
+        {},
+        description="Functions by name that compare two responses, as judge.function does; each is asked in both "
+        "orders, and gives win rates.",
+    )
+    length_column: str | None = Field(
+        None, description="Column of the prompts with the number of words that a response should have."
+    )
     bootstrap: Count = Field(1000, description="Bootstrap resamples of each confidence interval.")
     confidence: Annotated[float, Field(gt=0, lt=1)] = Field(0.95, description="Level of the intervals.")
     batch_size: Count = Field(64, description="Prompts generated at once.", json_schema_extra=NUMBERS_SAME)
@@ -294,11 +323,34 @@ class Tracking(Section):
 
 
 class Promotion(Section):
-    """When a retrained policy takes the place of the champion; none of it is in a cache key."""
+    """When a candidate takes the place of the champion; none of it is in a cache key.
 
-    metric: str = Field("evaluate/ppo/reward", min_length=1, description="Final metric that decides.")
-    margin: NotNegative = Field(0.0, description="A candidate must be better than the champion by more than this.")
-    lower_is_better: bool = Field(False, description="Whether less of the metric is better.")
+    Both answer the same held-out prompts; the first candidate has its own SFT policy to beat.
+    """
+
+    judge: str = Field(
+        "held_out",
+        min_length=1,
+        description="Score that decides, `held_out` or one of evaluate.scorers; never what PPO was trained on.",
+    )
+    margin: NotNegative = Field(
+        0.0, description="The candidate's mean score must be above the champion's by more than this, surely."
+    )
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
+        0.95, description="How sure: of equal policies, at most 1 - confidence are promoted."
+    )
+    min_prompts: Annotated[int, Field(ge=2)] = Field(30, description="Fewest held-out prompts that decide anything.")
+    kl_budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        50.0, description="Most KL to the reference policy, in nats per response. null: any."
+    )
+    rouge_floor: Fraction | None = Field(
+        0.05, description="Most that ROUGE-L may fall below the champion's, where there are references. null: any."
+    )
+    refuse_overoptimised: bool = Field(
+        True, description="Refuse a candidate in whose training the reward rose while a judge's score fell."
+    )
+    approval: bool = Field(False, description="Ask a person in Prefect's UI before the champion changes.")
+    approval_hours: Positive = Field(24.0, description="How long to wait for that person; then it is a refusal.")
 
 
 class PipelineConfig(Section):

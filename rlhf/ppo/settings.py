@@ -107,8 +107,10 @@ class Settings:
     eval_temperature: float | None = option(
         None, "Sampling temperature of the evaluations; 0 is greedy. Default: temperature.", ge=0
     )
-    best_metric: str = option(
-        "score", "What the best policy has most of: `score`, or `reward/<name>` for one component."
+    best_metric: str | None = option(
+        None,
+        "What the best policy has most of: `score`, `reward/<name>` for one component, or `judge/<name>`. Default: "
+        "`judge/held_out` where there is a held-out reward model, else `score`.",
     )
     kl_budget: float | None = option(
         None, "The best policy is sought among those within this KL to the reference (nats per sequence).", gt=0

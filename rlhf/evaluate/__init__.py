@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf import intervals, metrics, models, report, rewards, training
+from rlhf import intervals, metrics, models, rewards, training
 from rlhf.config import PipelineConfig
 from rlhf.context import Context
 from rlhf.errors import DataError
+from rlhf.evaluate import files
 from rlhf.intervals import Estimate
 from rlhf.ppo import batching
 from rlhf.ppo.batching import Prompts
@@ -51,7 +52,7 @@ class Answers(NamedTuple):
 
 
 def run(context: Context) -> dict[str, float]:
-    """Evaluate; write report.json, report.html, samples.parquet and plots/*.png.
+    """Evaluate; write report.json, samples.parquet and plots/*.png.
 
     Returns:
         ``evaluate/<policy>/<metric>`` for base, sft, ppo and reference, ``evaluate/win_rate/<score>`` and
@@ -85,7 +86,7 @@ def run(context: Context) -> dict[str, float]:
     made = _report(context, rows, answers, values, list(scorers))
     if isinstance(judge := scorers.get("reward"), rewards.RewardModel):
         made["models"]["reward"] = _size(judge.model)
-    report.write(context.out, made, values, _samples(rows, answers))
+    files.write(context.out, made, values, _samples(rows, answers))
     return _finals(made)
 
 
@@ -238,7 +239,7 @@ def _report(
     answers: Mapping[str, Answers],
     values: Mapping[str, Mapping[str, Floats]],
     judged: list[str],
-) -> report.Report:
+) -> files.Report:
     """Everything in report.json."""
     settings = context.config.evaluate
     sure = {"confidence": settings.confidence, "resamples": settings.bootstrap, "seed": context.config.seed}
@@ -259,7 +260,7 @@ def _report(
         "models": {name: answer.size for name, answer in answers.items() if answer.size is not None},
         "comparison": _comparison(values, policies, judged, sure),
         "against_references": _against_the_given(values, policies[-1], judged, sure),
-        "distributions": report.distributions(values, [*judged, "length_tokens"]),
+        "distributions": files.distributions(values, [*judged, "length_tokens"]),
         "pairs": _pairs(context, sure),
         "curves": _curves(context),
     }
@@ -282,7 +283,7 @@ def _estimates(answer: Answers, references: Sequence[str | None], sure: Mapping[
 
 def _comparison(
     values: Mapping[str, Mapping[str, Floats]], policies: Sequence[str], judged: Sequence[str], sure: Mapping[str, Any]
-) -> report.Report | None:
+) -> files.Report | None:
     """The last policy against the one before it, by every score: win rates and paired differences."""
     if len(policies) < 2:
         return None
@@ -301,7 +302,7 @@ def _comparison(
 
 def _against_the_given(
     values: Mapping[str, Mapping[str, Floats]], candidate: str, judged: Sequence[str], sure: Mapping[str, Any]
-) -> report.Report | None:
+) -> files.Report | None:
     """How often the last policy's response scores above the given one; None where none is given, or nothing scores."""
     if "reference" not in values or not judged:
         return None
@@ -319,7 +320,7 @@ def _training_scores(context: Context) -> dict[str, dict[str, Floats]]:
     return {"training": {"reward": scores.astype(np.float64)}} if len(scores) else {}
 
 
-def _pairs(context: Context, sure: Mapping[str, Any]) -> report.Report | None:
+def _pairs(context: Context, sure: Mapping[str, Any]) -> files.Report | None:
     """Scores of both sides of the held-out preference pairs, as the reward stage recorded them."""
     if not context.has("reward/scores.parquet"):
         return None
@@ -331,7 +332,7 @@ def _pairs(context: Context, sure: Mapping[str, Any]) -> report.Report | None:
     return {
         "n": table.num_rows,
         "accuracy": intervals.win_rate(chosen, rejected, **sure)._asdict(),
-        "scores": report.distributions(sides, ["score"])["score"],
+        "scores": files.distributions(sides, ["score"])["score"],
     }
 
 
@@ -340,7 +341,7 @@ def _curves(context: Context) -> dict[str, list[float]] | None:
     if not context.has("ppo/curves.parquet"):
         return None
     table = pq.read_table(context.input("ppo/curves.parquet"))
-    curves: dict[str, list[float]] = table.select(["step", *report.CURVES]).to_pydict()
+    curves: dict[str, list[float]] = table.select(["step", *files.CURVES]).to_pydict()
     return curves
 
 
@@ -353,7 +354,7 @@ def _samples(rows: HeldOut, answers: Mapping[str, Answers]) -> dict[str, list[An
     return columns
 
 
-def _finals(made: report.Report) -> dict[str, float]:
+def _finals(made: files.Report) -> dict[str, float]:
     found: dict[str, float] = {}
 
     def add(name: str, estimate: Mapping[str, float], bounds: bool) -> None:
