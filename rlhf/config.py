@@ -307,6 +307,14 @@ class Evaluate(OptionalStage):
                 f"scorers: {name!r} is a metric that every evaluation has ({LABELS[name].name}); choose another name, "
                 f"such as `my_{name}: {{function: ...}}`"
             )
+        for name, function in self.judges.items():
+            if name in self.scorers or name in LABELS:
+                raise ValueError(f"judges: {name!r} is the name of a score, too; choose another one")
+            if ":" not in function:
+                raise ValueError(
+                    f"judges.{name} is {function!r}; must be a function of yours, `module:function` or "
+                    "`file.py:function`"
+                )
         return self
 
 

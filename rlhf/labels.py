@@ -15,6 +15,9 @@ class Label(NamedTuple):
 
 LABELS = {
     "reward": Label("Reward", 3, "Score of the reward model, which PPO was trained on unless configured otherwise."),
+    "held_out": Label(
+        "Held-out reward", 3, "Score of a second reward model of another seed, which no policy was trained on."
+    ),
     "kl": Label(
         "KL to the reference policy", 2, "Nats per response: exact KL over the vocabulary, summed over its tokens."
     ),

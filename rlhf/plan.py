@@ -32,7 +32,11 @@ from rlhf.schema import FunctionSpec, Section
 from rlhf.stages import STAGES, StageName, enabled_stages, reads_base, stage_inputs, stage_modules
 
 NEVER_RUN = "never run"
-FUNCTIONS = {"judge": "rewards", "ppo": "rewards", "evaluate": "scorers"}  # the setting of a stage that names functions
+FUNCTIONS = {  # the settings by which a stage names the functions that it calls
+    "judge": ("judge.rewards",),
+    "ppo": ("ppo.rewards", "ppo.judges"),
+    "evaluate": ("evaluate.scorers", "ppo.rewards"),
+}
 KEY_LENGTH = 32  # hexadecimal digits: 128 bits
 
 
@@ -181,6 +185,11 @@ class Planner:
         judge = self.config.judge
         if stage == "judge" and judge.function:
             table.update(_code_of(judge.function))
+        if stage == "evaluate":
+            for function in self.config.evaluate.judges.values():
+                table.update(_code_of(function))
+            if self.config.evaluate.length_column:
+                table["library spacy"] = _version("spacy")  # which counts words
         if stage == "judge" and judge.by == "model" and judge.model.path:
             table["judge.model.path"] = self._model("judge.model.path", judge.model.path, None)
         if self.config.model.path and reads_base(stage, self.config):
@@ -197,11 +206,11 @@ class Planner:
 
     def _functions(self, stage: str) -> dict[str, FunctionSpec]:
         """The functions that a stage calls, by the setting that names them; not the trained reward model."""
-        if stage not in FUNCTIONS:
-            return {}
-        setting = f"{stage}.{FUNCTIONS[stage]}"
-        entries: Mapping[str, FunctionSpec] = _setting(self.config, setting)
-        return {f"config.{setting}.{name}": spec for name, spec in entries.items() if spec.function != "model"}
+        found: dict[str, FunctionSpec] = {}
+        for setting in FUNCTIONS.get(stage, ()):
+            entries: Mapping[str, FunctionSpec] = _setting(self.config, setting)
+            found |= {f"config.{setting}.{name}": spec for name, spec in entries.items() if spec.function != "model"}
+        return found
 
     def _argument(self, function: str, name: str, value: JsonValue) -> dict[str, JsonValue]:
         """What takes the place of an argument in the table: a file or folder counts by content, a hub model by commit.

@@ -29,7 +29,10 @@ ABOUT = ("description", "needs", "sizes", "preset")  # keys of a file that are n
 PATH_LISTS = tuple(("data", kind) for kind in KINDS)
 MODEL_PATHS = (("model", "path"), ("reward", "path"))
 OTHER_PATHS = (("resources", "accelerate_config"),)
-FUNCTIONS = (("data", "computed"), ("judge", "rewards"), ("ppo", "rewards"), ("evaluate", "scorers"))
+FUNCTIONS = tuple(
+    tuple(name.split("."))
+    for name in ("data.computed", "judge.rewards", "ppo.rewards", "ppo.judges", "evaluate.scorers", "evaluate.judges")
+)
 
 
 class Preset(NamedTuple):
@@ -342,8 +345,9 @@ def _split_entry(parts: list[str], spec: type[Section]) -> tuple[str, list[str]]
 
     A name ends at the first part that is a field, but not before the colon of a ``package.module:function``.
     """
+    fields = getattr(spec, "model_fields", {})  # none where an entry is a plain text
     first = max((index for index, part in enumerate(parts) if ":" in part), default=0) + 1
-    end = next((index for index in range(first, len(parts)) if parts[index] in spec.model_fields), len(parts))
+    end = next((index for index in range(first, len(parts)) if parts[index] in fields), len(parts))
     inner = parts[end:]
     return ".".join(parts[:end]), [inner[0], ".".join(inner[1:])] if len(inner) > 1 else inner
 

@@ -91,14 +91,14 @@ STAGES: dict[str, Stage] = {
         Stage(
             name="evaluate",
             module="rlhf.evaluate",
-            settings=("evaluate", "model.dtype"),
+            settings=("evaluate", "ppo.rewards", "model.dtype"),
             inputs={
                 "prepare": ("prompts", "base"),
                 "sft": ("model",),
-                "reward": ("model", "scores.parquet"),
-                "ppo": ("model", "curves.parquet"),
+                "reward": ("model", "held_out", "scores.parquet"),
+                "ppo": ("model", "curves.parquet", "evaluations.parquet"),
             },
-            libraries=(*_TORCH, "rouge-score", "sacrebleu", "nltk", "evaluate", "matplotlib", "jinja2"),
+            libraries=(*_TORCH, "rouge-score", "sacrebleu", "nltk", "evaluate", "matplotlib"),
             reads_base=True,
         ),
     )
