@@ -15,6 +15,8 @@ from pydantic import Field, create_model, model_validator
 from rlhf.data.settings import KINDS, Data
 from rlhf.labels import LABELS
 from rlhf.ppo import settings as ppo_settings
+from rlhf.promotion import Promotion as Promotion
+from rlhf.promotion import conflict as judge_conflict
 from rlhf.resources import Resources as Resources
 from rlhf.resources import conflict as processes_conflict
 from rlhf.schema import (
@@ -149,7 +151,7 @@ class Reward(RewardTraining):
     held_out: bool = Field(
         True,
         description="Also train a second model with another seed, which PPO never sees: it judges policies, so that "
-        "over-optimisation of the first one shows.",
+        "over-optimisation of the first one shows. It doubles the time and the disk space of the stage.",
     )
 
 
@@ -330,37 +332,6 @@ class Tracking(Section):
     experiment: str = Field("rlhf", min_length=1, description="MLflow experiment.")
 
 
-class Promotion(Section):
-    """When a candidate takes the place of the champion; none of it is in a cache key.
-
-    Both answer the same held-out prompts; the first candidate has its own SFT policy to beat.
-    """
-
-    judge: str = Field(
-        "held_out",
-        min_length=1,
-        description="Score that decides, `held_out` or one of evaluate.scorers; never what PPO was trained on.",
-    )
-    margin: NotNegative = Field(
-        0.0, description="The candidate's mean score must be above the champion's by more than this, surely."
-    )
-    confidence: Annotated[float, Field(gt=0.5, lt=1)] = Field(
-        0.95, description="How sure: of equal policies, at most 1 - confidence are promoted."
-    )
-    min_prompts: Annotated[int, Field(ge=2)] = Field(30, description="Fewest held-out prompts that decide anything.")
-    kl_budget: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        50.0, description="Most KL to the reference policy, in nats per response. null: any."
-    )
-    rouge_floor: Fraction | None = Field(
-        0.05, description="Most that ROUGE-L may fall below the champion's, where there are references. null: any."
-    )
-    refuse_overoptimised: bool = Field(
-        True, description="Refuse a candidate in whose training the reward rose while a judge's score fell."
-    )
-    approval: bool = Field(False, description="Ask a person in Prefect's UI before the champion changes.")
-    approval_hours: Positive = Field(24.0, description="How long to wait for that person; then it is a refusal.")
-
-
 class PipelineConfig(Section):
     """The whole pipeline: dataset preparation, SFT, judging, reward model, PPO, evaluation."""
 
@@ -394,7 +365,7 @@ class PipelineConfig(Section):
         self._check_preferences(pairs, needs)
         if (self.ppo.enabled or self.evaluate.enabled) and not (data.has("demonstrations") or data.has("prompts")):
             raise ValueError("ppo and evaluate need prompts: set data.prompts or data.demonstrations")
-        if problem := self._dtype_conflict() or processes_conflict(self):
+        if problem := self._dtype_conflict() or processes_conflict(self) or judge_conflict(self):
             raise ValueError(problem)
         if self.model.init == "random":
             for stage in ("ppo", "evaluate"):

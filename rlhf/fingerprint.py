@@ -32,8 +32,8 @@ WITHOUT_NUMBERS = frozenset(
     for name in (
         "", "artifacts", "checkpoints", "config", "context", "data", "data.problems", "data.settings", "disk", "errors",
         "explain", "fingerprint", "hashing", "headlines", "hub", "labels", "locations", "locks", "plan", "ppo",
-        "ppo.settings", "resources", "retry", "runs", "schema", "settings", "shared_store", "stages", "stopping",
-        "stores", "tracker",
+        "ppo.settings", "promotion", "resources", "retry", "runs", "schema", "settings", "shared_store", "stages",
+        "stopping", "stores", "tracker",
     )
 )  # fmt: skip
 
