@@ -84,7 +84,7 @@ STAGES: dict[str, Stage] = {
             name="ppo",
             module="rlhf.ppo.stage",
             settings=("ppo", *_WEIGHTS),
-            inputs={"prepare": ("prompts", "base"), "sft": ("model",), "reward": ("model",)},
+            inputs={"prepare": ("prompts", "base"), "sft": ("model",), "reward": ("model", "held_out")},
             libraries=_TORCH,
             distributed=True,
         ),

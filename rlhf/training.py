@@ -244,8 +244,11 @@ def train(
     context: Context,
     checkpoint: Path | None,
     evaluate: Callable[[], Mapping[str, float]] | None = None,
+    trainings: int = 1,
 ) -> None:
     """Run a Trainer to its end, from a checkpoint of ``resume_from`` or from the start.
+
+    There must be room on the disk for that many ``trainings`` like it, of this one and those after it.
 
     Several processes all call ``evaluate`` and reckon the same; process 0 logs it. Once this returns, none of them
     needs another.
@@ -256,7 +259,7 @@ def train(
         TrainingError: a loss or gradient is not finite; the checkpoints before it are kept.
     """
     trainer.stage = context.stage
-    _check_room(trainer.model, context)
+    _check_room(trainer.model, context, trainings)
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(PipelineCallback(context, evaluate))
     if processes.index():  # processes drop out different activations; adapters and heads are those of process 0 anyway
@@ -267,11 +270,11 @@ def train(
         raise StoppedError(f"{context.stage}: ended after step {step} of {trainer.state.max_steps}, as asked")
 
 
-def _check_room(model: torch.nn.Module, context: Context) -> None:
+def _check_room(model: torch.nn.Module, context: Context, trainings: int) -> None:
     """A checkpoint has all weights of a model, or its adapters."""
     learning, every = trainable_parameters(model), bytes_of(model.parameters())
     saved = bytes_of(p for p in model.parameters() if p.requires_grad) if context.config.model.lora_rank else every
-    wanted = disk.training_bytes(saved, learning, every)
+    wanted = trainings * disk.training_bytes(saved, learning, every)
     disk.check_room(context.checkpoints, wanted, f"{context.stage}, with its checkpoints,")
 
 

@@ -23,7 +23,6 @@ def judge_model(context: Context) -> Callable[[Sequence[str], Sequence[str], Col
     """
     section = context.config.judge.model
     training.set_up_cpu(context.config.resources)
-    training.seed_everything(context.config.seed)
     config = context.config.model_copy(update={"reward": section})
     model, tokenizer, *_ = reward.learn(replace(context, config=config))
     model.eval().requires_grad_(False)

@@ -32,7 +32,10 @@ def run(context: Context) -> dict[str, float]:
     by themselves. ``value_model/`` is a classifier; a value head on other models is ``value/head.safetensors``, with
     the model that it sits on in ``value/model/`` unless that is the policy. ``state/`` is what a training goes on from.
     ``samples.parquet`` has the columns update, prompt, response and score; ``curves.parquet`` one row for each update:
-    step, and the metrics that the report draws.
+    step, and the metrics that the report draws. ``evaluations.parquet``, where there are any, has one row for each, the
+    one before the first update included: update, score, score_stderr, kl, response_length_mean, eos_rate,
+    ``reward/<part>``, and of each judge ``judge/<name>``, ``judge/<name>_stderr`` and ``overoptimised/<name>`` (1 where
+    its alarm is on).
 
     Raises:
         ModelError: a model cannot be loaded, or PPO cannot train it.
@@ -57,13 +60,13 @@ def run(context: Context) -> dict[str, float]:
         policy.value_head = zero_head(policy.language_model)
     else:
         value_model.model = _trainable(value_model.model, config)
-    reward_model = _reward_model(context, accelerator.device)
     held_out = context.input("prepare/prompts/validation.parquet") if config.ppo.eval_every else None
     trainer = Trainer(
         settings=config.ppo,
         policy=policy,
         value_model=value_model,
-        rewards=rewards.make_rewards(config.ppo.rewards, reward_model),
+        rewards=_rewards(context, accelerator.device),
+        judges=_judges(context, accelerator.device) if config.ppo.eval_every else {},
         prompts=load_prompts(context.input("prepare/prompts/train.parquet"), tokenizer, encoder),
         held_out=None if held_out is None else load_prompts(held_out, tokenizer, encoder),
         tokenizer=tokenizer,
@@ -115,6 +118,8 @@ def save(trainer: Trainer, out: Path) -> None:
     models.save(_merged(policy.model), tokenizer, out / "model")
     write_samples(out / "samples.parquet", trainer.progress.samples)
     write_curves(out / "curves.parquet", trainer.progress.history)
+    if trainer.progress.evaluations:
+        pq.write_table(pa.Table.from_pylist(trainer.progress.evaluations), out / "evaluations.parquet")
 
 
 def make_accelerator(resources: Resources) -> Accelerator:
@@ -163,10 +168,23 @@ def _value_model(context: Context, policy: Policy) -> ValueModel:
     return ValueModel(models.value_model_from(context.sft_model(), reward, **where, dtype=dtype))
 
 
-def _reward_model(context: Context, device: torch.device) -> rewards.RewardModel | None:
-    if not context.config.ppo.uses_model:
-        return None
-    path, trusted = context.input("reward/model"), context.config.model.trust_remote_code
+def _rewards(context: Context, device: torch.device) -> rewards.Rewards:
+    model = _reward_model(context, "reward/model", device) if context.config.ppo.uses_model else None
+    return rewards.make_rewards(context.config.ppo.rewards, model)
+
+
+def _judges(context: Context, device: torch.device) -> dict[str, rewards.Scorer]:
+    """What only judges: the held-out reward model, if there is one, and the functions that the configuration names."""
+    found: dict[str, rewards.Scorer] = {}
+    if context.has("reward/held_out"):
+        found["held_out"] = _reward_model(context, "reward/held_out", device)
+    functions = context.config.ppo.judges.items()
+    return found | {name: rewards.make_scorer(judge.function, judge.arguments) for name, judge in functions}
+
+
+def _reward_model(context: Context, part: str, device: torch.device) -> rewards.RewardModel:
+    """A trained reward model, for scoring."""
+    path, trusted = context.input(part), context.config.model.trust_remote_code
     model = models.load_reward_model(path, trust_remote_code=trusted, dtype=context.config.model.dtype)
     model.to(device).eval().requires_grad_(False)
     adapt.fuse_gelu(model)

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from rlhf import checkpoints
 from rlhf.errors import ArtifactError
+from rlhf.ppo import heldout, overoptimisation
 from rlhf.ppo.batching import Prompts
 from rlhf.ppo.core import Running
 from rlhf.ppo.heldout import Best
 from rlhf.ppo.learner import Learner
+from rlhf.ppo.overoptimisation import Peak
 from rlhf.ppo.policy import Policy
 
 BEST = "best"  # folder of the best evaluated policy, among the checkpoints
@@ -44,7 +46,8 @@ class Progress:
     """What an update leaves behind besides weights. ``saved`` is the update of the last checkpoint, 0 for none.
 
     ``lr_scale`` is what ``lr_target_kl`` has made of the policy's learning rate, ``scores`` what ``scale_scores``
-    knows.
+    knows. ``evaluations`` has one row for each, the one before the first update included: ``update`` and its metrics;
+    ``peaks`` where each judge's scores were highest.
     """
 
     kl_coef: float
@@ -55,11 +58,26 @@ class Progress:
     saved: int = 0
     history: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in REMEMBERED})
     samples: list[Sample] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    peaks: dict[str, Peak] = field(default_factory=dict)
 
     def remember(self, metrics: Mapping[str, float]) -> None:
         """Keep what the final metrics are made of."""
         for name, values in self.history.items():
             values.append(metrics[f"ppo/{name}"])
+
+    def evaluated(self, update: int, columns: Mapping[str, Tensor], planned: int) -> dict[str, float]:
+        """Keep an evaluation, of which ``heldout.measure`` gave the columns, and return its metrics.
+
+        Those of ``heldout.summary``, and ``overoptimised/<name>`` of each judge. ``planned`` is the number of
+        evaluations of the whole training.
+        """
+        proxy, judges = columns["score"], heldout.judged(columns)
+        metrics = heldout.summary(columns) | overoptimisation.alarms(proxy, judges, self.peaks, planned)
+        overoptimisation.warn_if_new(metrics, self.evaluations, self.peaks)
+        self.peaks = overoptimisation.followed(self.peaks, update, proxy, judges)
+        self.evaluations.append({"update": update, **metrics})
+        return metrics
 
 
 def save(directory: Path, learner: Learner, progress: Progress, mark: int) -> None:
@@ -94,6 +112,7 @@ def restore(directory: Path, learner: Learner) -> tuple[Progress, int] | None:
     progress.scores = Running(*progress.scores)
     progress.best = None if progress.best is None else Best(*progress.best)
     progress.samples = [Sample(*row) for row in progress.samples]
+    progress.peaks = {name: Peak(*row) for name, row in progress.peaks.items()}
     return progress, int(record["mark"])
 
 

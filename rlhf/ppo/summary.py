@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf.ppo import core
 from rlhf.ppo.learner import Step
+from rlhf.ppo.overoptimisation import ALARM
 from rlhf.ppo.rollout import Experience, Rollout, Scored
 from rlhf.ppo.settings import Settings
 from rlhf.ppo.state import Progress, Sample
@@ -87,15 +88,22 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def finals(progress: Progress, settings: Settings) -> dict[str, float]:
-    """The metrics of the whole training: means over the last tenth of its updates, at least one."""
+def finals(progress: Progress, settings: Settings, best_metric: str) -> dict[str, float]:
+    """The metrics of the whole training: means over the last tenth of its updates, at least one.
+
+    With judges, ``ppo/overoptimised/<name>`` is 1 where the alarm of one was on at the last evaluation, else 0;
+    ``ppo/overoptimised`` is that of any.
+    """
     last = max(1, settings.updates // 10)
     result = {f"ppo/final_{name}": average(values[-last:]) for name, values in progress.history.items()}
     result["ppo/final_kl_coef"] = progress.kl_coef
     if progress.best is not None:
         result["ppo/best_update"] = float(progress.best.update)
-        result[f"ppo/best_{settings.best_metric}"] = progress.best.value
+        result[f"ppo/best_{best_metric}"] = progress.best.value
         result["ppo/best_kl"] = progress.best.kl
+    alarms = {name: on for row in progress.evaluations[-1:] for name, on in row.items() if name.startswith(ALARM)}
+    if alarms:
+        result |= {f"ppo/{name}": on for name, on in alarms.items()} | {"ppo/overoptimised": max(alarms.values())}
     result["ppo/updates"] = float(settings.updates)
     result["ppo/episodes"] = float(settings.updates * settings.episodes)
     return result

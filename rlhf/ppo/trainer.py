@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ from rlhf.ppo.policy import Policy, ValueModel
 from rlhf.ppo.rollout import Experience, Rollout, Scored, collect, per_token
 from rlhf.ppo.sequences import Sequences
 from rlhf.ppo.settings import Settings
-from rlhf.rewards import Rewards
+from rlhf.rewards import Rewards, Scorer
 from rlhf.stopping import Stop
 from rlhf.tracker import NullTracker, Tracker
 
@@ -48,6 +48,7 @@ class Trainer:
         reference: None is the policy as it is when training starts; with LoRA, its adapters off.
         start_from: the ``state`` of an earlier training of the same models: its weights, optimizer and controllers.
         held_out: prompts of the evaluations that ``settings.eval_every`` asks for.
+        judges: scores by name that evaluations measure, and training never sees: over-optimisation shows in them.
         stop: once it is asked, training ends after the update that is under way.
     """
 
@@ -61,6 +62,7 @@ class Trainer:
     reference: Policy | None = None
     start_from: Path | None = None
     held_out: Prompts | None = None
+    judges: Mapping[str, Scorer] = field(default_factory=dict)
     seed: int = 0
     accelerator: Accelerator = field(default_factory=Accelerator)
     tracker: Tracker = field(default_factory=NullTracker)
@@ -83,13 +85,15 @@ class Trainer:
         """
         self.prepare()
         self.restore()
+        if self.progress.update == 0 and self.settings.eval_every:  # what the later evaluations are held against
+            self.tracker.log(self.evaluate(0), step=0)
         for update in range(self.progress.update + 1, self.settings.updates + 1):
             self.record(self.step(update))
             if update % self.settings.checkpoint_every == 0 or update == self.settings.updates:
                 self.save()
             self.end_if_asked()
         self.take_best()
-        return summary.finals(self.progress, self.settings)
+        return summary.finals(self.progress, self.settings, self.best_metric)
 
     def step(self, update: int) -> dict[str, float]:
         """One update, numbered from 1: sample, score, estimate advantages, optimise. Returns its metrics."""
@@ -189,28 +193,22 @@ class Trainer:
 
     def evaluate(self, update: int) -> dict[str, float]:
         """Every ``eval_every`` updates: metrics on held-out prompts, and the policy kept if it is the best so far."""
-        s = self.settings
+        s, progress = self.settings, self.progress
         if not s.eval_every or (update % s.eval_every and update != s.updates):
             return {}
         assert self.held_out is not None  # prepare
         assert self.reference is not None
+        batching.reseed(self.seed, update)  # a reward or judge may draw from the global generators
+        asked = s, self.policy, self.reference, self.rewards, self.judges, self.held_out
         with self.timed("evaluate"), self.accelerator.autocast():
             try:
-                metrics = heldout.metrics(
-                    s,
-                    self.policy,
-                    self.reference,
-                    self.rewards,
-                    self.held_out,
-                    self.tokenizer,
-                    self.seed,
-                    self.accelerator,
-                )
+                columns = heldout.measure(*asked, self.tokenizer, self.seed, self.accelerator)
             except (RewardError, TrainingError) as error:
                 raise type(error)(f"ppo, evaluation after update {update}: {error}") from error
-        best = heldout.better(metrics, update, s, self.progress.best)
+        metrics = progress.evaluated(update, columns, heldout.planned(s))
+        best = heldout.better(metrics, update, s, self.best_metric, progress.best)
         if best is not None:
-            self.progress.best = best
+            progress.best = best
             if self.accelerator.is_main_process:
                 state.save_best(self.checkpoints, self.policy, update)
         metrics = {f"ppo/eval/{name}": value for name, value in metrics.items()}
@@ -226,7 +224,7 @@ class Trainer:
         s, accelerator = self.settings, self.accelerator
         check_settings(s, self.policy, self.value_model, accelerator.num_processes)
         if s.eval_every:
-            heldout.check(s, self.held_out, self.rewards, accelerator.num_processes)
+            heldout.check(s, self.held_out, self.rewards, self.judges, accelerator.num_processes)
         if self.reference is None:
             self.reference = self.policy.as_reference()
         for model in (self.policy, self.value_model, self.reference):
@@ -241,6 +239,11 @@ class Trainer:
             self.tracker = NullTracker()
         self.learner = Learner(s, accelerator, self.policy, self.value_model)
         self.progress = state.Progress(kl_coef=s.kl_coef)
+
+    @property
+    def best_metric(self) -> str:
+        """The metric by which the best policy is chosen."""
+        return heldout.best_metric(self.settings, self.judges)
 
     @property
     def device(self) -> torch.device:
@@ -359,6 +362,7 @@ class Trainer:
         """Give the policy the weights of the best evaluation, if there was one within the KL budget."""
         self.accelerator.wait_for_everyone()
         if self.progress.best is not None:
+            heldout.warn_if_no_better(self.progress.evaluations, self.best_metric, self.progress.best)
             state.load_best(self.checkpoints, self.policy, self.progress.best)
         elif self.settings.kl_budget is not None:
             log.warning("no evaluation was within ppo.kl_budget %g: the last policy is kept", self.settings.kl_budget)

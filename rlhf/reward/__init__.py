@@ -8,10 +8,13 @@ rating_mean with these two of the model's configuration.
 Either way scores are then shifted so that the demonstrated responses score 0 on average (Stiennon et al. 2020): with
 ``score_mean`` and ``score_std`` of the model's configuration, score = (logit - score_mean) / score_std. After a
 regression a score of 1 is thus one standard deviation of the ratings above the references.
+
+With ``reward.held_out`` a second model is trained after the first one, and shifted in the same way: ``reward.second``.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -28,7 +31,7 @@ from rlhf import adapt, models, plots, processes, training
 from rlhf.callback import log_values
 from rlhf.errors import DataError, ModelError
 from rlhf.intervals import Floats, without_nan
-from rlhf.reward import held_out
+from rlhf.reward import held_out, second
 from rlhf.reward.held_out import Scores
 from rlhf.reward.rows import REFERENCES, Pairs, Ratings, Reader
 from rlhf.reward.trainer import make_trainer
@@ -42,7 +45,9 @@ TRAIN_SCORES = 500  # training rows in scores.parquet, at most
 
 
 def run(context: Context) -> dict[str, float]:
-    """Train on the training split; write ``model/``, adapters merged, and what it scores.
+    """Train on the training split; write ``model/`` and, of the held-out one, ``held_out/``, adapters merged.
+
+    What follows is written of the first model, and tells what it scores.
 
     ``scores.parquet``, where there are pairs: the columns ``split`` ("test": every pair; "train": the first
     ``TRAIN_SCORES``), ``chosen_score`` and ``rejected_score``, in the order of the pairs' files. ``ratings.parquet``,
@@ -58,21 +63,29 @@ def run(context: Context) -> dict[str, float]:
     """
     config, section = context.config, context.config.reward
     training.set_up_cpu(config.resources)
-    training.seed_everything(config.seed)
-    model, tokenizer, train, trainable = learn(context)
+    parts, learnt = second.trainings(context), list[Learnt]()
+    for left, part in zip(range(len(parts), 0, -1), parts, strict=True):
+        learnt.append(learn(part, left))
+        learnt[-1].model.cpu()
+        gc.collect()  # its optimizer: the next training has the accelerator to itself
     if processes.index():
         return {}
-    read = Reader(context, tokenizer, model)
-    pairs, ratings = read.pairs("test"), read.ratings("test")
+    first, device = learnt[0], training.device_of(config.resources)
+    read = Reader(context, first.tokenizer, first.model)
+    pairs, ratings, train = read.pairs("test"), read.ratings("test"), first.train
     references = read.references() or (train.chosen if isinstance(train, Pairs) else train.texts)[:REFERENCES]
-    size = section.micro_batch_size or section.batch_size
-    mean, std = normalisation(raw_scores(model, references, size), section.normalize_std)
-    model.config.score_mean, model.config.score_std = mean, std
-    models.save(model, tokenizer, context.out / "model")
+    size, scored = section.micro_batch_size or section.batch_size, list[Scores]()
+    for name, (model, tokenizer, *_) in zip(("model", second.HELD_OUT), learnt, strict=False):
+        scores = raw_scores(model.to(device), references, size)
+        model.config.score_mean, model.config.score_std = normalisation(scores, section.normalize_std)
+        models.save(model, tokenizer, context.out / name)
+        scored.append(score_pairs(model, pairs, size))
 
-    measured = _measured(context, model, train, pairs, ratings)
-    finals = {f"train_{_name(train)}": float(len(train[0])), "score_mean": mean, "score_std": std} | measured
-    finals["trainable_parameters"] = float(trainable)
+    finals = {f"train_{_name(train)}": float(len(train[0])), "trainable_parameters": float(first.trainable)}
+    finals |= {name: getattr(first.model.config, name) for name in ("score_mean", "score_std")}
+    finals |= _measured(context, first.model, train, pairs, ratings, scored[0])
+    if section.held_out:
+        finals |= second.finals(*scored, config.seed)
     return {f"reward/{name}": value for name, value in finals.items()}
 
 
@@ -85,20 +98,21 @@ class Learnt(NamedTuple):
     trainable: int
 
 
-def learn(context: Context) -> Learnt:
+def learn(context: Context, trainings: int = 1) -> Learnt:
     """The model that the section ``reward`` describes after its training.
 
-    Its scores are logits still, not shifted to any references.
+    Its scores are logits still, not shifted to any references. The disk must have room for that many ``trainings``.
 
     Raises:
         ModelError, DataError, TrainingError: as ``run``.
     """
+    training.seed_everything(context.config.seed)
     model, tokenizer = _start(context)
     read, objective = Reader(context, tokenizer, model), context.config.reward.objective
     train, validation = (_examples(read, objective, split) for split in ("train", "validation"))
     if isinstance(train, Ratings):
         model.config.rating_mean, model.config.rating_std = _rating_scale(train)
-    trained, trainable = _trained(context, model, tokenizer, train, validation)
+    trained, trainable = _trained(context, model, tokenizer, train, validation, trainings)
     return Learnt(trained, tokenizer, train, trainable)
 
 
@@ -127,6 +141,7 @@ def _trained(
     tokenizer: PreTrainedTokenizerBase,
     train: Pairs | Ratings,
     validation: Pairs | Ratings,
+    trainings: int,
 ) -> tuple[PreTrainedModel, int]:
     """The model after training, adapters merged, and how many numbers learnt.
 
@@ -142,7 +157,7 @@ def _trained(
     checkpoint = training.resume_from(context)
     if checkpoint is None:
         log_values(context, validate(), 0)
-    training.train(trainer, context, checkpoint, validate)
+    training.train(trainer, context, checkpoint, validate, trainings)
     if processes.index() == 0:
         log_values(context, validate(), trainer.state.global_step)
     lora = context.config.model.lora_rank
@@ -222,13 +237,16 @@ def _rating_scale(train: Ratings) -> tuple[float, float]:
 
 # ---------------------------------------------------------------------------------------------------- the figures
 def _measured(
-    context: Context, model: PreTrainedModel, train: Pairs | Ratings, pairs: Pairs, ratings: Ratings
+    context: Context, model: PreTrainedModel, train: Pairs | Ratings, pairs: Pairs, ratings: Ratings, test: Scores
 ) -> dict[str, float]:
-    """Score the test rows and the first training rows; write all files but the model; return the test figures."""
+    """Score the ratings of the test split, whose pairs have been scored, and the first training rows.
+
+    Write all files but the model; return the test figures.
+    """
     section, out = context.config.reward, context.out
     size = section.micro_batch_size or section.batch_size
     pairwise, seed = section.objective == "pairwise", context.config.seed
-    scored = {"test": score_pairs(model, pairs, size)}
+    scored = {"test": test}
     rated = {"test": (raw_scores(model, ratings.texts, size), np.asarray(ratings.score))}
     first = train.first(TRAIN_SCORES)
     if isinstance(first, Pairs):
