@@ -1,0 +1,102 @@
+"""What the page is made of: the sources it is read from, and the sections that a template writes down."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from markupsafe import Markup
+
+from rlhf.artifacts import JOURNAL, Manifest
+from rlhf.config import PipelineConfig
+from rlhf.errors import ArtifactError
+from rlhf.runs import RunRecord
+from rlhf.tracker import Entry, read_journal
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where the figures of a run are.
+
+    ``manifests`` and ``directories`` are of the stages that are done; any may be missing. ``config`` is None where
+    the present schema does not read the configuration of an old run. ``verdicts`` is people's (``rlhf sheet``).
+    """
+
+    record: RunRecord
+    config: PipelineConfig | None
+    manifests: Mapping[str, Manifest] = field(default_factory=dict)
+    directories: Mapping[str, Path] = field(default_factory=dict)
+    verdicts: Path | None = None
+
+    @cached_property
+    def evaluation(self) -> dict[str, Any]:
+        """report.json of the evaluation; empty where there is none."""
+        return self.json("evaluate", "report.json")
+
+    def json(self, stage: str, name: str) -> dict[str, Any]:
+        """A JSON object that a stage wrote; empty where there is none, or none that can be read."""
+        path = self.file(stage, name)
+        if path is None:
+            return {}
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def journal(self, stage: str) -> list[Entry]:
+        """The curves of a stage; empty where there are none, or none that can be read."""
+        path = self.file(stage, JOURNAL)
+        try:
+            return [] if path is None else list(read_journal(path))
+        except (OSError, ArtifactError):
+            return []
+
+    def file(self, stage: str, name: str) -> Path | None:
+        """A file of a stage's artifact, if it is there."""
+        directory = self.directories.get(stage)
+        path = None if directory is None else directory / name
+        return path if path is not None and path.is_file() else None
+
+
+class Table(NamedTuple):
+    """Rows of cells, the first of each being its head; ``texts`` are the columns that hold words, not numbers."""
+
+    caption: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    texts: frozenset[int] = frozenset()
+
+
+class Figure(NamedTuple):
+    """A chart, the table behind it (None where the section has it open), what its colours mean (look and name)."""
+
+    title: str
+    picture: Markup
+    table: Table | None
+    legend: Sequence[tuple[str, str]] = ()
+    note: str = ""
+
+
+class Folded(NamedTuple):
+    """What is there for those who ask: a table, or a text of a program."""
+
+    title: str
+    table: Table | None = None
+    code: str = ""
+    figures: Sequence[Figure] = ()
+
+
+class Section(NamedTuple):
+    """A section of the page: what it says, then its tables, its charts, and what is folded away."""
+
+    anchor: str
+    title: str
+    words: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    figures: Sequence[Figure] = ()
+    folded: Sequence[Folded] = ()
