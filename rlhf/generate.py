@@ -21,7 +21,7 @@ from rlhf.ppo.policy import Policy
 from rlhf.ppo.rollout import collect
 from rlhf.rewards.registry import labels
 
-BATCH = 32  # prompts generated at once
+BATCH = 32  # prompts generated at once, unless told otherwise
 
 
 class Sampling(NamedTuple):
@@ -47,8 +47,19 @@ def respond(
     prompts: Sequence[str],
     sampling: Sampling = Sampling(),  # noqa: B008 (immutable)
     resources: Resources = Resources(),  # noqa: B008 (immutable)
+    *,
+    stream: str = "generate",
+    batch_size: int = BATCH,
 ) -> list[Response]:
     """What a policy answers to prompts, which it gets exactly as they are.
+
+    Args:
+        place: where the policy is.
+        prompts: the texts.
+        sampling: how responses are drawn.
+        resources: what it computes on.
+        stream: with the seed, which random numbers; those of ``evaluate`` are the evaluation's own.
+        batch_size: prompts at once, which changes no response.
 
     Raises:
         DataError: a prompt has no token, or leaves no room for the response in the model's context.
@@ -66,10 +77,10 @@ def respond(
         _check(prompts, token_ids, sampling.max_new_tokens, config, place)
         rows, made = Prompts(prompts, token_ids, {}), []
         uniforms = torch.rand(
-            len(prompts), sampling.max_new_tokens, generator=batching.generator(sampling.seed, "generate")
+            len(prompts), sampling.max_new_tokens, generator=batching.generator(sampling.seed, stream)
         )
-        for start in range(0, len(prompts), BATCH):
-            batch = range(len(prompts))[start : start + BATCH]
+        for start in range(0, len(prompts), batch_size):
+            batch = range(len(prompts))[start : start + batch_size]
             rollout = collect(
                 policy, tokenizer, rows.select(batch), uniforms[batch], sampling.temperature or GREEDY, device
             )
@@ -84,8 +95,8 @@ def _check(prompts: Sequence[str], token_ids: Sequence[Sequence[int]], new: int,
             raise DataError(f"prompt {number}, {text!r}, has no token; give it some text")
         if not models.fits(config, len(ids), new):
             raise DataError(
-                f"prompt {number} has {len(ids)} tokens, and --max-new-tokens is {new}: more than the context of "
-                f"{config.max_position_embeddings} tokens of {place.path}. Shorten it, or lower --max-new-tokens"
+                f"prompt {number} has {len(ids)} tokens, and up to {new} new ones follow: more than the context of "
+                f"{config.max_position_embeddings} tokens of {place.path}. Shorten it, or lower max_new_tokens"
             )
 
 
