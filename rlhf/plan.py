@@ -188,8 +188,6 @@ class Planner:
         if stage == "evaluate":
             for function in self.config.evaluate.judges.values():
                 table.update(_code_of(function))
-            if self.config.evaluate.length_column:
-                table["library spacy"] = _version("spacy")  # which counts words
         if stage == "judge" and judge.by == "model" and judge.model.path:
             table["judge.model.path"] = self._model("judge.model.path", judge.model.path, None)
         if self.config.model.path and reads_base(stage, self.config):

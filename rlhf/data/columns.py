@@ -16,7 +16,7 @@ from rlhf.errors import DataError
 from rlhf.explain import did_you_mean, show
 
 VERDICTS = ("chosen", "rejected")
-Holds = Literal["text", "talk", "value", "verdict", "number", "texts", "ranks"]
+Holds = Literal["text", "talk", "value", "verdict", "number", "texts", "answers", "ranks"]
 
 
 class Column(NamedTuple):
@@ -24,7 +24,7 @@ class Column(NamedTuple):
 
     ``text``: text that is not blank. ``talk``: the same, or a list of messages. ``value``: anything but null.
     ``verdict``: "chosen", "rejected" or null. ``number``: a finite number. ``texts``: a list of at least two
-    different texts. ``ranks``: a list of numbers.
+    different texts. ``answers``: a list of at least one text. ``ranks``: a list of numbers.
     """
 
     name: str
@@ -146,6 +146,19 @@ def _texts(value: Any) -> Problem | None:
     return None
 
 
+def _answers(value: Any) -> Problem | None:
+    if not isinstance(value, list):
+        return _value(value) or Problem(
+            "bad", f"{show(value)} is not a list; must be a list of texts, as in other rows"
+        )
+    if not value:
+        return Problem("empty", "is an empty list; must have at least one text")
+    for number, text in enumerate(value, start=1):
+        if problem := _text(text):
+            return Problem(problem.reason, f"item {number} {problem.words}")
+    return None
+
+
 def _ranks(value: Any) -> Problem | None:
     if not isinstance(value, list):
         return _value(value) or Problem(
@@ -161,6 +174,7 @@ _CHECKS: dict[Holds, Callable[[Any], Problem | None]] = {
     "verdict": _verdict,
     "number": _number,
     "texts": _texts,
+    "answers": _answers,
     "ranks": _ranks,
 }
 

@@ -25,9 +25,12 @@ from rlhf.data.spool import KEY, POINT, ROW, SPLIT, Spool, key_array, keys_of
 from rlhf.errors import DataError, InputError
 
 TYPES = {"margin": pa.float64(), "score": pa.float64(), "preferred": pa.bool_(), "responses": pa.list_(pa.string()),
-         "ranks": pa.list_(pa.float64())}  # fmt: skip
+         "references": pa.list_(pa.string()), "ranks": pa.list_(pa.float64())}  # fmt: skip
 # Later stages take columns of these names for what the names say, so that others do not come along under them.
-MEANT = {"preferences": ("chosen", "rejected", "responses", "ranks", "margin", "ranking", "difference")}
+MEANT = {
+    "preferences": ("chosen", "rejected", "responses", "ranks", "margin", "ranking", "difference"),
+    "prompts": ("references",),
+}
 ADVICE = "Correct these rows, or take them out, or set data.bad_rows: skip."
 
 

@@ -70,7 +70,7 @@ def roles_of(kind: str, part: Part, computed: Sequence[str], config: PipelineCon
             holds = {"text": "text", "label": "value"}
         case "prompts":
             if names.reference in there or names.reference != "reference":
-                holds = {"reference": "text"}
+                holds = {"reference": "answers" if _has_lists(part, names.reference) else "text"}
     answers = [Column(getattr(names, role), f"data.columns.{role}", what) for role, what in holds.items()]
     talks = [getattr(names, role) for role, what in holds.items() if what == "talk"]
     whole = "messages" in holds or any(_is_conversation(part, name) for name in talks if part.names.count(name) == 1)
@@ -90,8 +90,17 @@ def roles_of(kind: str, part: Part, computed: Sequence[str], config: PipelineCon
 
 def _is_conversation(part: Part, name: str) -> bool:
     """Whether a column has conversations with something before the answer."""
-    first = next((value for value in part.values(name) if value is not None), None)
+    first = _first(part, name)
     return isinstance(first, list) and len(first) > 1
+
+
+def _has_lists(part: Part, name: str) -> bool:
+    """Whether a column has several references for a prompt."""
+    return part.names.count(name) == 1 and isinstance(_first(part, name), list)
+
+
+def _first(part: Part, name: str) -> Any:
+    return next((value for value in part.values(name) if value is not None), None)
 
 
 def _check_roles(kind: str, columns: list[Column]) -> None:
@@ -117,6 +126,8 @@ class Maker:
             ValueError: they do not go together.
         """
         made: Texts = {role: row[name] for role, name in roles.of.items()}
+        if isinstance(made.get("reference"), list):  # of several, the first one is the text that rewards get
+            made |= {"reference": made["reference"][0], "references": made["reference"]}
         if self._kind == "labelled":
             return self._labelled(made)
         answers = {role: made[role] for role in ("messages", "response", "chosen", "rejected") if role in made}

@@ -35,7 +35,9 @@ class Columns(Section):
     text: str = Field("text", min_length=1, description="Column of labelled texts with the text.")
     label: str = Field("label", min_length=1, description="Column of labelled texts with the label.")
     reference: str = Field(
-        "reference", min_length=1, description="Column of the prompt files with a reference response, if there is one."
+        "reference",
+        min_length=1,
+        description="Column of the prompt files with a reference response, or a list of several, if there is one.",
     )
 
 

@@ -27,6 +27,7 @@ from rlhf.data.spool import POINT, ROW, SPLIT, Spool, Written, digest, key_bytes
 from rlhf.explain import show
 
 PROMPT_BYTES = 24  # of a key, that come from its first text
+REFERENCES = ("reference", "references")  # of a prompt: the first one; all of them, where some prompt has several
 
 
 def split_of(prompt: str, validation_fraction: float, test_fraction: float) -> str:
@@ -80,7 +81,7 @@ class Settled:
 
     def training_texts(self, most: int) -> Iterator[str]:
         """The texts of the first rows of the training split, without the references."""
-        names = [name for name in self.texts if name != "reference"]
+        names = [name for name in self.texts if name not in REFERENCES]
         for table in self.rows.tables():
             rows = table.filter(pc.equal(table[SPLIT], SPLITS.index("train"))).slice(0, most)
             most -= rows.num_rows

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import chain
+from collections.abc import Iterator
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from rlhf.data.output import (
 )
 from rlhf.data.problems import BadRows
 from rlhf.data.settings import Data
-from rlhf.data.settle import Settled, count_splits
+from rlhf.data.settle import REFERENCES, Settled, count_splits
 from rlhf.data.sources import SPLITS
 from rlhf.data.spool import ROW, SPLIT, Written
 from rlhf.data.tokens import Lengths, Limit, statistics
@@ -82,7 +83,8 @@ def write(settled: Settled, tokenizer: PreTrainedTokenizerBase, data: Data, limi
     fitting = Written(folder / f"{settled.kind}.fitting", settled.rows.schema)
     for table in settled.rows.tables():
         lengths = Lengths(tokenizer, encoder=limit is not None and limit.halves)
-        sizes = {name: _sizes(table, name, lengths) for name in settled.texts if _is_text(table, name)}
+        texts = [name for name in settled.texts if name != "references" and _is_text(table, name)]
+        sizes = {name: _sizes(table, name, lengths) for name in texts}
         fits = _fits(table, sizes, sized, data, limit, bad)
         for name, column in sizes.items():
             if name != "reference":
@@ -191,32 +193,59 @@ def _write_labelled(rows: Written, files: SplitFiles, folder: Path) -> int:
 
 
 def prompts_of(demonstrations: Sized, data: Data, folder: Path) -> Settled:
-    """The prompts of the demonstrations, each once, with the first response as reference."""
+    """The prompts of the demonstrations, each once, with the first response as reference.
+
+    Where some prompt has several responses, all of them are in the column ``references``.
+    """
     rows = demonstrations.rows
     assert rows is not None
-    others = [field for field in rows.schema if field.name not in ("prompt", "response", "reference")]
-    schema = pa.schema([pa.field("prompt", pa.string()), pa.field("reference", pa.string()), *others])
+    fields = [pa.field("prompt", pa.string()), pa.field("reference", pa.string())]
+    if several := any(len(group) > 1 for table in _whole_prompts(rows) for group in _groups(table)):
+        fields.append(pa.field("references", pa.list_(pa.string())))
+    fields += [field for field in rows.schema if field.name not in ("prompt", "response", *REFERENCES)]
+    schema = pa.schema(fields)
     written = Written(folder / "prompts.settled", schema)
     settled = Settled("prompts", demonstrations.places, ("prompt", "reference"), written, rows.rows)
     settled.where = "data.prompts"
     settled.lost.update({"duplicate": 0, "over_limit": 0})
-    last = None
-    for table in rows.tables():
-        prompts = table["prompt"].to_pylist()
-        first = np.array([a != b for a, b in zip(prompts, [last, *prompts], strict=False)])
-        last = prompts[-1]
-        if "reference" in table.column_names:
-            table = table.drop_columns(["reference"])
-        names = ["reference" if name == "response" else name for name in table.column_names]
-        table = table.rename_columns(names).filter(pa.array(first)).select(schema.names)
-        settled.lost["duplicate"] += int((~first).sum())
-        left = table.num_rows if data.max_prompts is None else max(0, data.max_prompts - written.rows)
-        settled.lost["over_limit"] += max(0, table.num_rows - left)
-        table = table.slice(0, left)
-        written.add(table)
-        count_splits(settled.splits, table)
+    for table in _whole_prompts(rows):
+        groups = _groups(table)
+        settled.lost["duplicate"] += table.num_rows - len(groups)
+        left = len(groups) if data.max_prompts is None else max(0, data.max_prompts - written.rows)
+        settled.lost["over_limit"] += max(0, len(groups) - left)
+        groups = groups[:left]
+        responses = table["response"].to_pylist()
+        made = table.take(pa.array([group[0] for group in groups], pa.int64()))
+        made = made.drop_columns([name for name in REFERENCES if name in made.column_names])
+        made = made.append_column("reference", made["response"])
+        if several:
+            references = [[responses[row] for row in group] for group in groups]
+            made = made.append_column("references", pa.array(references, pa.list_(pa.string())))
+        made = made.select(schema.names)
+        written.add(made)
+        count_splits(settled.splits, made)
     written.close()
     return settled
+
+
+def _whole_prompts(rows: Written) -> Iterator[pa.Table]:
+    """The rows in tables that each have all rows of their prompts."""
+    waiting: pa.Table | None = None
+    for table in rows.tables():
+        waiting = table if waiting is None else pa.concat_tables([waiting, table])
+        last = _groups(waiting)[-1].start
+        if last:
+            yield waiting.slice(0, last)
+            waiting = waiting.slice(last)
+    if waiting is not None:
+        yield waiting
+
+
+def _groups(table: pa.Table) -> list[range]:
+    """The rows of each prompt, which are neighbours."""
+    prompts = table["prompt"].to_pylist()
+    starts = [row for row in range(len(prompts)) if not row or prompts[row] != prompts[row - 1]]
+    return [range(start, end) for start, end in pairwise([*starts, len(prompts)])]
 
 
 def check_room(prompts: Sized, config: PipelineConfig, limit: Limit) -> None:
