@@ -33,7 +33,8 @@ class Manifest:
 
     ``files`` gives size (bytes), sha256 and modification time (ns) of every file; ``digest`` is over names and
     hashes of all files but the journal; ``parts`` is the same for each top-level file or folder, which is what
-    a later stage's key sees. ``ingredients`` is what the key was made of, flat.
+    a later stage's key sees. ``ingredients`` is what the key was made of, flat. ``cost`` is what computing it took, as
+    far as the machine tells: ``peak_memory_bytes``, ``gpu_peak_memory_bytes``, ``energy_joules``.
     """
 
     stage: str
@@ -48,6 +49,7 @@ class Manifest:
     device: str = ""
     started: float = 0.0  # unix seconds
     seconds: float = 0.0
+    cost: dict[str, float] = field(default_factory=dict)
     format: int = FORMAT
 
     @property

@@ -152,6 +152,10 @@ class RunJournal:
         self._curves.update(values)
         self._write("metrics", t, runs=[stage, PARENT], step=step, values=_numbers(values))
 
+    def system(self, stage: str, values: Mapping[str, float], step: int) -> None:
+        """Add one point to each curve of what the stage's machine does, in the stage's run alone."""
+        self._write("metrics", runs=[stage], step=step, values=_numbers(values))
+
     def finals(self, stage: str, values: Mapping[str, float], headline: Collection[str] | None = None) -> None:
         """Add final figures (one point at step 0) to the stage's run; those in ``headline`` (default: all) to the
         parent's too.

@@ -29,7 +29,7 @@ from rlhf.errors import ArtifactError, NotCachedError
 from rlhf.plan import StagePlan
 from rlhf.stages import STAGES, stage_inputs
 from rlhf.tracker import JournalTracker
-from tasks import launch
+from tasks import launch, system
 from tasks.locks import FlockLockManager
 from tasks.run import Run, current_run
 from tasks.slots import slot
@@ -132,12 +132,13 @@ def compute(run: Run, stage: str, key: str) -> ArtifactRef:
     with slot(run, stage):
         started = time.time()
         run.journal.start_stage(stage, tags={"rlhf.stage": stage, "rlhf.cache": "miss", "rlhf.key": key})
-        if STAGES[stage].distributed and launch.is_wanted(run.config.resources):
-            metrics = launch.run(context, work / JOURNAL, listener)
-        else:
-            # What trains ends at a step; the others have nothing to save, and end at once.
-            with gently(context.stop, partial(run.ending, stage)) if STAGES[stage].distributed else nullcontext():
-                metrics = importlib.import_module(STAGES[stage].module).run(context)
+        with system.measured(partial(run.journal.system, stage), _gpus(run, stage)) as cost:
+            if STAGES[stage].distributed and launch.is_wanted(run.config.resources):
+                metrics = launch.run(context, work / JOURNAL, listener)
+            else:
+                # What trains ends at a step; the others have nothing to save, and end at once.
+                with gently(context.stop, partial(run.ending, stage)) if STAGES[stage].distributed else nullcontext():
+                    metrics = importlib.import_module(STAGES[stage].module).run(context)
     if (work / JOURNAL).exists():
         shutil.copy2(work / JOURNAL, out / JOURNAL)  # a copy: a kill before the publishing leaves it for the resumption
     manifest = make_manifest(
@@ -151,6 +152,7 @@ def compute(run: Run, stage: str, key: str) -> ArtifactRef:
         device=_device(run, stage),
         started=started,
         seconds=time.time() - started,
+        cost=dict(cost),
     )
     run.store.publish(out, manifest)
     shutil.rmtree(work)
@@ -173,6 +175,12 @@ def _cache_key(context: Any, parameters: dict[str, Any]) -> str:
 
 def _reference(manifest: Manifest) -> ArtifactRef:
     return ArtifactRef(stage=manifest.stage, key=manifest.key, digest=manifest.digest)
+
+
+def _gpus(run: Run, stage: str) -> int:
+    """How many GPUs a stage uses at most."""
+    resources = run.config.resources
+    return 0 if resources.device == "cpu" else resources.processes if STAGES[stage].distributed else 1
 
 
 def _device(run: Run, stage: str) -> str:

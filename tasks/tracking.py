@@ -58,6 +58,8 @@ def record(run: Run, stage: str, manifest: Manifest) -> None:
         {"rlhf.digest": manifest.digest, "rlhf.seconds": f"{manifest.seconds:.1f}", "rlhf.device": manifest.device},
     )
     run.journal.finals(stage, manifest.metrics)
+    cost = {"seconds": manifest.seconds, **manifest.cost}
+    run.journal.finals(stage, {f"cost/{stage}/{name}": value for name, value in cost.items()})
     for name, digest in manifest.ingredients.items():
         if name.startswith("data."):
             run.journal.dataset(stage, name.split(" ", 1)[-1], digest, source=name)
