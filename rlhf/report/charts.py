@@ -78,80 +78,85 @@ def lines(
 def _curve(curve: Curve, plot: svg.Plot, dots: bool) -> list[Markup]:
     """The band, the line in pieces without gaps, and the points of one curve."""
     parts = []
-    if len(curve.low):
-        edge = [*zip(curve.x, curve.high, strict=True), *zip(curve.x[::-1], curve.low[::-1], strict=True)]
-        known = [(plot.x(x), plot.y(y)) for x, y in edge if math.isfinite(y)]
-        parts.append(svg.path(known, f"band {curve.look}", closed=True)) if known else None
-    pieces: list[list[tuple[float, float]]] = [[]]
-    for x, y in zip(curve.x, curve.y, strict=True):
-        if math.isfinite(y):
-            pieces[-1].append((plot.x(x), plot.y(y)))
-        elif pieces[-1]:
-            pieces.append([])
-    parts += [svg.path(piece, f"line {curve.look}") for piece in pieces if len(piece) > 1]
-    for piece in pieces:
+    for piece in _pieces(curve.y):
+        points = [(plot.x(curve.x[i]), plot.y(curve.y[i])) for i in piece]
+        if len(curve.low) and len(piece) > 1:
+            edge = [(plot.x(curve.x[i]), plot.y(curve.high[i])) for i in piece]
+            edge += [(plot.x(curve.x[i]), plot.y(curve.low[i])) for i in reversed(piece)]
+            parts.append(svg.path(edge, f"band {curve.look}", closed=True))
+        if len(piece) > 1:
+            parts.append(svg.path(points, f"line {curve.look}"))
         if dots or len(piece) == 1:
-            parts += [element("circle", cx=x, cy=y, r=2.8, class_=f"dot {curve.look}") for x, y in piece]
-    for x, y, marked in zip(curve.x, curve.y, curve.marked, strict=False):
-        if marked and math.isfinite(y):
-            at, up = plot.x(x), plot.y(y)
-            parts.append(svg.path([(at - 6, up - 8), (at + 6, up - 8), (at, up - 18)], "alarm", closed=True))
+            parts += [element("circle", cx=x, cy=y, r=2.8, class_=f"dot {curve.look}") for x, y in points]
+        for i, (x, y) in zip(piece, points, strict=True):
+            if len(curve.marked) and curve.marked[i]:
+                parts.append(svg.path([(x - 6, y - 18), (x + 6, y - 18), (x, y - 8)], "alarm", closed=True))
     return parts
 
 
-def boxes(groups: Mapping[str, Spread], title: str, x_label: str) -> Markup:
-    """A box from quartile to quartile with a line at the median, whiskers at 5 and 95 %, a diamond at the mean."""
-    height = 36.0 * len(groups) + 46.0
-    x = Scale(*svg.around(value for group in groups.values() for value in group), ROW_LABELS, WIDTH - 10.0)
-    bottom = height - 40.0
-    parts = svg.x_axis(x, bottom, x_label, top=4.0)
-    for row, (name, of) in enumerate(groups.items()):
-        middle = 36.0 * row + 22.0
-        look = look_of(name)
-        parts.append(svg.text(ROW_LABELS - 8, middle + 4, name, "name", "end"))
-        parts.append(svg.line(x(of.low), middle, x(of.high), middle, f"whisker {look}"))
-        parts += [svg.line(x(end), middle - 6, x(end), middle + 6, f"whisker {look}") for end in (of.low, of.high)]
-        parts += _filled(x(of.quartile), middle - 11, x(of.third_quartile), middle + 11, look)
-        parts.append(svg.line(x(of.median), middle - 11, x(of.median), middle + 11, "median"))
-        at = x(of.mean)
-        parts.append(svg.path([(at - 5, middle), (at, middle - 5), (at + 5, middle), (at, middle + 5)], "mean", closed=True))
+def _pieces(values: Sequence[float]) -> list[list[int]]:
+    """Places of the values, in runs without a gap."""
+    pieces: list[list[int]] = [[]]
+    for i, value in enumerate(values):
+        if math.isfinite(value):
+            pieces[-1].append(i)
+        elif pieces[-1]:
+            pieces.append([])
+    return [piece for piece in pieces if piece]
+
+
+def spreads(
+    edges: Sequence[float],
+    counts: Mapping[str, Sequence[int]],
+    groups: Mapping[str, Spread],
+    title: str,
+    x_label: str,
+) -> Markup:
+    """A histogram for each group (the share of its texts in each bin), and below each its box plot, over one axis.
+
+    A box reaches from quartile to quartile with a line at the median; whiskers at 5 and 95 %, a diamond at the mean.
+    """
+    row = 70.0
+    height = row * len(counts) + 44.0
+    ends = [*edges, *(value for group in groups.values() for value in group)]
+    x = Scale(*svg.around(ends, 0.02), ROW_LABELS, WIDTH - 10.0)
+    parts = svg.x_axis(x, height - 40.0, x_label, top=2.0)
+    shares = {name: [count / max(1, sum(of)) for count in of] for name, of in counts.items()}
+    largest = max((share for of in shares.values() for share in of), default=1.0) or 1.0
+    for number, (name, of) in enumerate(shares.items()):
+        floor, look = row * number + 42.0, look_of(name)
+        parts += _histogram(x, edges, [share / largest * 36.0 for share in of], floor, look)
+        parts.append(svg.text(ROW_LABELS - 8, floor + 4, name, "name", "end"))
+        if name in groups:
+            parts += _box(x, groups[name], floor + 13.0, look)
     said = "; ".join(f"{name}: median {of.median:.3g}, quartiles {of.quartile:.3g} and {of.third_quartile:.3g}"
                      for name, of in groups.items())  # fmt: skip
-    return svg.drawing(height, title, f"Box plot of {x_label}. {said}.", parts)
+    return svg.drawing(height, title, f"Histograms and box plots of {x_label}. {said}.", parts)
+
+
+def _histogram(x: Scale, edges: Sequence[float], heights: Sequence[float], floor: float, look: str) -> list[Markup]:
+    outline = [(x(edges[0]), floor)]
+    for i, up in enumerate(heights):
+        outline += [(x(edges[i]), floor - up), (x(edges[i + 1]), floor - up)]
+    outline.append((x(edges[-1]), floor))
+    shapes = [svg.path(outline, f"{kind} {look}", closed=True) for kind in ("fill", "hatch")]
+    return [*shapes, svg.line(x.start, floor, x.end, floor, "rule")]
+
+
+def _box(x: Scale, of: Spread, middle: float, look: str) -> list[Markup]:
+    parts = [svg.line(x(of.low), middle, x(of.high), middle, f"whisker {look}")]
+    parts += [svg.line(x(end), middle - 4, x(end), middle + 4, f"whisker {look}") for end in (of.low, of.high)]
+    parts += _filled(x(of.quartile), middle - 6, x(of.third_quartile), middle + 6, look)
+    parts.append(svg.line(x(of.median), middle - 7, x(of.median), middle + 7, "median"))
+    at = x(of.mean)
+    corners = [(at - 4, middle), (at, middle - 4), (at + 4, middle), (at, middle + 4)]
+    return [*parts, svg.path(corners, "mean", closed=True)]
 
 
 def _filled(x1: float, y1: float, x2: float, y2: float, look: str) -> list[Markup]:
     """A rectangle in the colour of a look, and its hatch over it."""
     place: dict[str, str | float | None] = {"x": x1, "y": y1, "width": max(0.5, x2 - x1), "height": y2 - y1}
     return [element("rect", **place, class_=f"{kind} {look}") for kind in ("fill", "hatch")]
-
-
-def histograms(edges: Sequence[float], counts: Mapping[str, Sequence[int]], title: str, x_label: str) -> Markup:
-    """A histogram for each group, one below the other over one axis: the share of the group in each bin."""
-    row = 46.0
-    height = row * len(counts) + 46.0
-    x = Scale(*svg.around(edges, 0.02), ROW_LABELS, WIDTH - 10.0)
-    bottom = height - 40.0
-    shares = {name: [count / max(1, sum(of)) for count in of] for name, of in counts.items()}
-    largest = max((share for of in shares.values() for share in of), default=1.0) or 1.0
-    parts = svg.x_axis(x, bottom, x_label, top=4.0)
-    for number, (name, of) in enumerate(shares.items()):
-        floor, look = row * (number + 1) + 2.0, look_of(name)
-        outline = [(x(edges[0]), floor)]
-        for i, share in enumerate(of):
-            up = floor - share / largest * (row - 8.0)
-            outline += [(x(edges[i]), up), (x(edges[i + 1]), up)]
-        outline.append((x(edges[-1]), floor))
-        parts += [svg.path(outline, f"{kind} {look}", closed=True) for kind in ("fill", "hatch")]
-        parts.append(svg.line(x.start, floor, x.end, floor, "axis"))
-        parts.append(svg.text(ROW_LABELS - 8, floor - 4, name, "name", "end"))
-    tops = "; ".join(f"{name}: most in {_bin(edges, of)}" for name, of in shares.items())
-    return svg.drawing(height, title, f"Histograms of {x_label}. {tops}.", parts)
-
-
-def _bin(edges: Sequence[float], shares: Sequence[float]) -> str:
-    most = max(range(len(shares)), key=shares.__getitem__)
-    return f"{edges[most]:.3g} to {edges[most + 1]:.3g}"
 
 
 def dots(rows: Sequence[Dot], title: str, x_label: str, *, middle: float, limits: tuple[float, float]) -> Markup:
@@ -239,13 +244,17 @@ def lineage(names: Sequence[tuple[str, str]], edges: Sequence[tuple[str, str]], 
     for source, target in edges:
         start, end = places[source] + 5.0, places[target] - 5.0
         reach = 16.0 + 13.0 * min(5.0, (places[target] - places[source]) / step)
-        bend = f"M{left} {start:.1f}C{left - reach} {start + 6:.1f} {left - reach} {end - 6:.1f} {left - 7:.1f} {end:.1f}"
+        bend = (
+            f"M{left} {start:.1f}C{left - reach} {start + 6:.1f} {left - reach} {end - 6:.1f} {left - 7:.1f} {end:.1f}"
+        )
         arcs += [element("path", d=bend, class_="arc")]
         arcs.append(svg.path([(left - 9, end - 4), (left - 2, end), (left - 10, end + 3)], "arrow", closed=True))
     parts = arcs
     for name, words in names:
         y = places[name]
-        parts.append(element("circle", cx=left + 4, cy=y, r=7, class_=f"node {'cached' if 'cache' in words else 'ran'}"))
+        parts.append(
+            element("circle", cx=left + 4, cy=y, r=7, class_=f"node {'cached' if 'cache' in words else 'ran'}")
+        )
         parts += [svg.text(left + 20, y + 1, name, "name"), svg.text(left + 20, y + 16, words, "tick")]
     said = "; ".join(f"{target} from {source}" for source, target in edges)
     return svg.drawing(height, title, f"Which stage read which. {said}.", parts)

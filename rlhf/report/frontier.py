@@ -33,7 +33,9 @@ def overoptimisation(sources: Sources) -> Section | None:
     )  # fmt: skip
     table = _evaluations(found, roots, series)
     note = "Gain over the start, each in its own mean standard error, which is also the width of its band."
-    figures = [Figure("Reward and judges as the policy moves away", gain, table, [(c.look, c.name) for c in curves], note)]
+    figures = [
+        Figure("Reward and judges as the policy moves away", gain, [table], [(c.look, c.name) for c in curves], note)
+    ]
     figures += [_frontier(name, look, roots, order, of, found, table) for name, look, of in series]
     words = [
         "A reward that rises while an independent judge falls is over-optimised (Gao et al. 2023). "
@@ -95,8 +97,8 @@ def _frontier(
     band = [errors[i] for i in order] if len(errors) == len(values) else []
     low, high = [a - b for a, b in zip(y, band, strict=False)], [a + b for a, b in zip(y, band, strict=False)]
     curve = Curve(name, look, [roots[i] for i in order], y, low, high)
-    picture = charts.lines([curve], name, "√KL to the reference", name.lower(), dots=True, whole=False)
-    return Figure(name, picture, table, note="Band: standard error.")
+    picture = charts.lines([curve], name, "√KL to the reference", "", dots=True, whole=False)
+    return Figure(name, picture, [table], note="Band: standard error.")
 
 
 def _evaluations(found: Mapping[str, Any], roots: Sequence[float], series: Sequence[Any]) -> Table:
@@ -108,7 +110,9 @@ def _evaluations(found: Mapping[str, Any], roots: Sequence[float], series: Seque
             error = f" ± {significant(errors[i])}" if i < len(errors) and errors[i] is not None else ""
             cells.append(significant(of["value"][i]) + error + (" (alarm)" if i < len(alarm) and alarm[i] else ""))
         rows.append((f"{update:g}", number(found["kl"][i], 3), number(roots[i], 3), *cells))
-    return Table("Evaluations during PPO, ± standard error", ("Update", "KL", "√KL", *(name for name, _, _ in series)), rows)
+    return Table(
+        "Evaluations during PPO, ± standard error", ("Update", "KL", "√KL", *(name for name, _, _ in series)), rows
+    )
 
 
 def _floats(values: Sequence[Any]) -> list[float]:

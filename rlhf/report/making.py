@@ -10,6 +10,7 @@ from rlhf import headlines
 from rlhf.report import charts
 from rlhf.report.charts import Curve
 from rlhf.report.model import Figure, Folded, Section, Sources, Table
+from rlhf.report.results import spread
 from rlhf.report.words import DASH, energy, interval, number, percent, significant
 from rlhf.tracker import Entry
 
@@ -31,7 +32,10 @@ FIRST: dict[str, Sequence[tuple[str, Mapping[str, str]]]] = {
     "ppo": [
         ("Score", {"score_mean": "training prompts", "eval/score": "held-out prompts"}),
         ("KL to the reference, nats", {"kl": "training prompts", "eval/kl": "held-out prompts"}),
-        ("Response length, tokens", {"response_length_mean": "training prompts", "eval/response_length_mean": "held-out"}),
+        (
+            "Response length, tokens",
+            {"response_length_mean": "training prompts", "eval/response_length_mean": "held-out prompts"},
+        ),
         ("Entropy, nats a token", {"entropy": "of the policy"}),
         ("Loss of the value model", {"value_loss": "training"}),
         ("Ended by itself", {"eos_rate": "training prompts", "eval/eos_rate": "held-out prompts"}),
@@ -66,13 +70,13 @@ def data(sources: Sources) -> Section | None:
     head = ("Kind", "rows read", *(f"lost: {why.replace('_', ' ')}" for why in reasons), "kept", *SPLITS)
     table = Table("Rows read, lost and kept", head, rows)
     legend = [*((look, split) for split, look in SPLITS.items()), ("lost", "lost")]
-    figure = Figure("Rows", charts.bars(bars, "Rows", "rows"), None, legend)
+    figure = Figure("Rows", charts.bars(bars, "Rows", "rows"), (), legend, keys="fill")
     tokens = [
         (f"{name}: {part}", *(number(of.get(p), 0) for p in LENGTHS))
         for name, kind in kinds.items()
         for part, of in (kind.get("tokens") or {}).items()
     ]
-    folded = [Folded("Lengths in tokens", Table("Lengths in tokens", ("Texts", *LENGTHS), tokens))] if tokens else []
+    folded = [Folded("Lengths in tokens", [Table("Lengths in tokens", ("Texts", *LENGTHS), tokens)])] if tokens else []
     words = [] if reasons else ["No row was lost."]
     return Section("data", "Data", words, [table], [figure], folded)
 
@@ -90,7 +94,8 @@ def curves(sources: Sources) -> list[Section]:
 
 def _stage_curves(stage: str, title: str, entries: Sequence[Entry]) -> Section:
     series = _series(stage, entries)
-    shown, figures = set(), []
+    shown: set[str] = set()
+    figures: list[Figure] = []
     for name, wanted in FIRST.get(stage, []):
         lines = {said: series[metric] for metric, said in wanted.items() if metric in series}
         if lines:
@@ -103,7 +108,7 @@ def _stage_curves(stage: str, title: str, entries: Sequence[Entry]) -> Section:
         figures += [_curve_figure(f"Judge: {name.removeprefix('eval/judge/')}", {"held-out prompts": points}, stage)
                     for name, points in means.items()]  # fmt: skip
     rest = [_curve_figure(name, {name: points}, stage) for name, points in series.items() if name not in shown]
-    folded = [Folded(f"{len(rest)} more curves", figures=rest)] if rest else []
+    folded = [Folded(f"{len(rest)} more curve{'s'[: len(rest) > 1]}", figures=rest)] if rest else []
     return Section(f"curves-{stage}", title, (), (), figures, folded)
 
 
@@ -125,7 +130,7 @@ def _curve_figure(title: str, named: Mapping[str, Sequence[tuple[int, float]]], 
     ]
     dots = max(len(points) for points in thinned.values()) <= 12
     step = "update" if stage == "ppo" else "optimizer step"
-    picture = charts.lines(lines, title, step, title.lower() if title[:2] != "KL" else title, dots=dots)
+    picture = charts.lines(lines, title, step, "", dots=dots)
     by_step: dict[int, dict[str, float]] = {}
     for name, points in named.items():
         for at, value in thin(points, ROWS):
@@ -135,7 +140,7 @@ def _curve_figure(title: str, named: Mapping[str, Sequence[tuple[int, float]]], 
     caption = title if most <= ROWS else f"{title}: {ROWS} of {most:,} points"
     note = f"{POINTS} of {most:,} points are drawn." if most > POINTS else ""
     legend = [(line.look, line.name) for line in lines] if len(lines) > 1 else []
-    return Figure(title, picture, Table(caption, (step, *named), rows), legend, note)
+    return Figure(title, picture, [Table(caption, (step, *named), rows)], legend, note)
 
 
 def thin(points: Sequence[tuple[int, float]], most: int) -> Sequence[tuple[int, float]]:
@@ -167,17 +172,12 @@ def reward_model(sources: Sources) -> Section | None:
     calibration = pairs.get("calibration") or {}
     if calibration.get("bins"):
         words.append(
-            f"Its confidence is off by {percent(calibration['error'], 1)} on average; if it were right, so few pairs would "
-            f"show {percent(calibration['error_if_calibrated'], 1)} by chance."
+            f"Its confidence is off by {percent(calibration['error'], 1)} on average; if it were right, so few pairs "
+            f"would show {percent(calibration['error_if_calibrated'], 1)} by chance."
         )
         figures.append(_reliability(calibration["bins"]))
     if scores:
-        edges, counts = scores["edges"], scores["counts"]
-        title = "Scores of held-out pairs"
-        rows = [(f"{significant(edges[i])} to {significant(edges[i + 1])}", *(f"{c[i]:,}" for c in counts.values()))
-                for i in range(len(edges) - 1)]  # fmt: skip
-        table = Table(f"{title}: texts in each bin", ("Bin", *counts), rows)
-        figures.append(Figure(title, charts.histograms(edges, counts, title, "reward"), table))
+        figures += spread("reward", scores, "Scores of held-out pairs")
     if not (figures or tables):
         return None
     return Section("reward-model", "Reward model: calibration", words, tables, figures)
@@ -192,7 +192,7 @@ def _reliability(bins: Sequence[Mapping[str, float]]) -> Figure:
     ]  # fmt: skip
     table = Table("Reliability, by bins of equally many pairs", ("Confidence", "came true", "interval", "pairs"), rows)
     legend = [("one", "share that came true, with its interval"), ("middle", "where confidence is right")]
-    return Figure("Is its confidence right?", charts.reliability(bins, "Reliability", x, y), table, legend)
+    return Figure("Is its confidence right?", charts.reliability(bins, "Reliability", x, y), [table], legend)
 
 
 def models(sources: Sources) -> Section | None:
@@ -229,13 +229,15 @@ def cost(sources: Sources) -> Section | None:
         rows.append((stage, "cached" if cached else "computed", headlines.duration(manifest.seconds), *cells,
                      headlines.size(manifest.size), manifest.device or DASH))  # fmt: skip
     total = sum(manifest.seconds for manifest in sources.manifests.values())
-    words = [f"All stages together took {headlines.duration(total)}; this run itself computed for {headlines.duration(spent)}."]
+    words = [
+        f"All stages together took {headlines.duration(total)}; this run computed for {headlines.duration(spent)}."
+    ]
     joules = [of["energy_joules"] for of in costs.values() if "energy_joules" in of]
     words += [f"Energy: {energy(sum(joules))}, as far as the device tells it."] if joules else []
     head = ("Stage", "in this run", "time", *(_COSTS[name][0] for name in known), "on disk", "device")
     table = Table("What each stage took when it was computed", head, rows, frozenset({1, len(head) - 1}))
     bars = {f"{stage}: {headlines.duration(m.seconds)}": [("one", m.seconds)] for stage, m in sources.manifests.items()}
-    figure = Figure("Time", charts.bars(bars, "Time", "seconds"), None)
+    figure = Figure("Time", charts.bars(bars, "Time", "seconds"), ())
     return Section("cost", "Cost", words, [table], [figure])
 
 

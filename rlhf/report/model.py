@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
 
@@ -64,7 +64,10 @@ class Sources:
 
 
 class Table(NamedTuple):
-    """Rows of cells, the first of each being its head; ``texts`` are the columns that hold words, not numbers."""
+    """Rows of cells, the first of each being its head; what follows a line break in a cell is written smaller.
+
+    ``texts`` are the columns that hold words, not numbers.
+    """
 
     caption: str
     head: Sequence[str]
@@ -73,20 +76,24 @@ class Table(NamedTuple):
 
 
 class Figure(NamedTuple):
-    """A chart, the table behind it (None where the section has it open), what its colours mean (look and name)."""
+    """A chart, the tables behind it (none where the section has them open), and what its looks mean.
+
+    ``legend`` has looks and their names; ``keys`` is how they are drawn.
+    """
 
     title: str
     picture: Markup
-    table: Table | None
+    tables: Sequence[Table]
     legend: Sequence[tuple[str, str]] = ()
     note: str = ""
+    keys: Literal["line", "fill", "dot"] = "line"
 
 
 class Folded(NamedTuple):
-    """What is there for those who ask: a table, or a text of a program."""
+    """What is there for those who ask: tables, charts, or a text of a program."""
 
     title: str
-    table: Table | None = None
+    tables: Sequence[Table] = ()
     code: str = ""
     figures: Sequence[Figure] = ()
 

@@ -38,7 +38,8 @@ def page(sources: Sources) -> str:
                       provenance.versions(sources), provenance.lineage(sources)),
         style=Markup(style),  # both are files of this package
         script=Markup(script),
-        policy=f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'",
+        policy="; ".join((f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}",
+                          "base-uri 'none'; form-action 'none'")),
         version=rlhf.__version__,
     )  # fmt: skip
 

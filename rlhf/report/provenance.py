@@ -55,7 +55,7 @@ def versions(sources: Sources) -> Section | None:
     mixed = [library for library, of in found.items() if len(of) > 1]
     words = [f"Stages were computed with different versions of {', '.join(sorted(mixed))}."] if mixed else []
     table = Table("Libraries that shape numbers", ("Library", "version", "stages"), rows, frozenset({1, 2}))
-    return Section("versions", "Versions", words, folded=[Folded(f"{len(found)} libraries", table)])
+    return Section("versions", "Versions", words, folded=[Folded(f"{len(found)} libraries", [table])])
 
 
 def lineage(sources: Sources) -> Section | None:
@@ -74,14 +74,18 @@ def lineage(sources: Sources) -> Section | None:
         became = "from the cache" if cached else "computed in this run"
         names.append((stage, f"{became}, {headlines.size(manifest.size)}, {manifest.digest[:SHORT]}"))
         read = "; ".join(f"{source}: {', '.join(parts)}" for source, parts in reads.items())
-        rows.append((stage, "cache" if cached else "computed", read or DASH, manifest.key[:SHORT], manifest.digest[:SHORT],
-                     manifest.run_id or DASH))  # fmt: skip
+        short = (manifest.key[:SHORT], manifest.digest[:SHORT])
+        rows.append((stage, "cache" if cached else "computed", read or DASH, *short, manifest.run_id or DASH))
     head = ("Stage", "", "reads", "key", "digest", "computed by run")
     table = Table("Artifacts", head, rows, frozenset({1, 2, 3, 4, 5}))
     data = [(name, str(digest)[:64]) for m in sources.manifests.values() for name, digest in m.ingredients.items()
             if name.startswith("data.")]  # fmt: skip
-    folded = [Folded("Data files", Table("Data files and their sha256", ("File", "sha256"), data, frozenset({1})))] if data else []
+    folded = (
+        [Folded("Data files", [Table("Data files and their sha256", ("File", "sha256"), data, frozenset({1}))])]
+        if data
+        else []
+    )
     legend = [("ran", "computed in this run"), ("cached", "from the cache")]
-    figure = Figure("Which stage read which", charts.lineage(names, edges, "Lineage"), None, legend)
+    figure = Figure("Which stage read which", charts.lineage(names, edges, "Lineage"), (), legend, keys="dot")
     words = ["A key is what an artifact was made of, a digest what came out; equal digests are equal bytes."]
     return Section("lineage", "Lineage", words, [table], [figure], folded)

@@ -43,7 +43,10 @@ def metrics(sources: Sources) -> Section | None:
     ]
     reference = str(report.get("kl_reference", "sft")).upper()
     about = Table(
-        "What these metrics are", ("Metric", "What it is"), [(score_name(n), label(n).about) for n in order], frozenset({1})
+        "What these metrics are",
+        ("Metric", "What it is"),
+        [(score_name(n), label(n).about) for n in order],
+        frozenset({1}),
     )
     words = [f"KL is to {reference}; “reference” are the responses of the data."] if "reference" in found else []
     absent = "" if any(name.startswith("rouge") for name in order) else (
@@ -51,7 +54,7 @@ def metrics(sources: Sources) -> Section | None:
     )  # fmt: skip
     table = Table("Mean, or value of the corpus, with its interval", ("Metric", *found), rows)
     words += [absent] if absent else []
-    return Section("metrics", "All metrics", words, [table], folded=[Folded("What these metrics are", about)])
+    return Section("metrics", "All metrics", words, [table], folded=[Folded("What these metrics are", [about])])
 
 
 def _named(name: str, trained_on: Sequence[str]) -> str:
@@ -62,7 +65,7 @@ def _cell(estimate: Mapping[str, Any] | None, metric: str, prompts: Any) -> str:
     if estimate is None or estimate.get("value") is None:
         return "\N{EN DASH}"
     few = f" (n = {estimate['n']})" if estimate.get("n") not in (prompts, None) else ""
-    return interval(estimate, label(metric).digits) + few
+    return interval(estimate, label(metric).digits).replace(" [", "\n[") + few
 
 
 def comparisons(sources: Sources) -> Section | None:
@@ -74,12 +77,11 @@ def comparisons(sources: Sources) -> Section | None:
     trained_on = sources.evaluation.get("trained_on") or []
     figures = [_wins(one, trained_on) for one in found]
     tables = [_differences(found[0], trained_on)] if found[0].get("scores") else []
-    folded = [Folded(f"Differences: {_pair(one)}", _differences(one, trained_on)) for one in found[1:] if one.get("scores")]
-    folded += [Folded(f"Other metrics: {_pair(one)}", _metric_differences(one)) for one in found if one.get("metrics")]
+    folded = [Folded(f"{_pair(one)}: all differences", _all_differences(one, trained_on)) for one in found]
+    folded += [Folded("How sure the comparing judges are", [judges])] if (judges := _judges(found)) else []
     words = [
         "How often the first one’s response scores above the other’s to the same prompt; a tie is half a win. "
         "“At equal length” is what the win rate would be if both were equally long.",
-        *_bias(found),
     ]
     return Section("comparisons", "Comparisons", words, tables, figures, folded)
 
@@ -108,18 +110,23 @@ def _wins(one: Mapping[str, Any], trained_on: Sequence[str]) -> Figure:
     legend += [("three", "by a comparing judge")] if judges else []
     legend += [("hollow", "at equal length")] if any(dot.second for dot in dots) else []
     picture = charts.dots(dots, title, "win rate", middle=0.5, limits=(0.0, 1.0))
-    return Figure(title, picture, Table(title, head, rows), legend)
+    return Figure(title, picture, [Table(title, head, rows)], legend, keys="dot")
 
 
-def _bias(found: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How much comparing judges agree with themselves in the other order."""
-    return [
-        f"{name}, {_pair(one)}: the same verdict in both orders for {percent(value_of(of['consistency']))} of prompts; "
-        f"the response shown first is preferred in {percent(value_of(of.get('shown_first_share')))}."
+def _judges(found: Sequence[Mapping[str, Any]]) -> Table | None:
+    """How much comparing judges agree with themselves in the other order; None without judges."""
+    rows = [
+        (name, _pair(one), percents(of.get("consistency")), percents(of.get("shown_first_share")))
         for one in found
         for name, of in (one.get("judges") or {}).items()
-        if of.get("consistency") is not None
     ]
+    head = ("Judge", "of", "same verdict in both orders", "prefers the response shown first")
+    return Table("Each pair is judged in both orders", head, rows, frozenset({1})) if rows else None
+
+
+def _all_differences(one: Mapping[str, Any], trained_on: Sequence[str]) -> list[Table]:
+    tables = [_differences(one, trained_on)] if one.get("scores") else []
+    return [*tables, _metric_differences(one)] if one.get("metrics") else tables
 
 
 def _differences(one: Mapping[str, Any], trained_on: Sequence[str]) -> Table:
@@ -160,10 +167,13 @@ def distributions(sources: Sources) -> Section | None:
     """Each score as a box plot and as histograms."""
     report = sources.evaluation
     found = {name: of for name, of in (report.get("distributions") or {}).items() if name not in LENGTHS}
-    figures = [figure for name, of in found.items() for figure in _spread(name, of)]
+    figures = [figure for name, of in found.items() for figure in spread(name, of)]
     if not figures:
         return None
-    words = ["Box: quartiles; line: median; whiskers: 5 and 95 %; diamond: mean."]
+    words = [
+        "Histograms, and below each a box from quartile to quartile with a line at the median, whiskers at 5 and 95 %, "
+        "a diamond at the mean."
+    ]
     if any("training" in of.get("counts", {}) for of in found.values()):
         words.append("“training” are both texts of preference pairs that the reward model was trained on.")
     return Section("scores", "Distribution of scores", words, figures=figures)
@@ -173,7 +183,7 @@ def lengths(sources: Sources) -> Section | None:
     """How long the responses are, and how many end by themselves."""
     report = sources.evaluation
     found = {name: of for name, of in (report.get("distributions") or {}).items() if name in LENGTHS}
-    figures = [figure for name, of in found.items() for figure in _spread(name, of)]
+    figures = [figure for name, of in found.items() for figure in spread(name, of)]
     names = [n for n in (*LENGTHS, "eos_rate") if any(n in of for of in (report.get("metrics") or {}).values())]
     if not figures and not names:
         return None
@@ -183,26 +193,21 @@ def lengths(sources: Sources) -> Section | None:
     return Section("lengths", "Length of responses", (), tables, figures)
 
 
-def _spread(name: str, of: Mapping[str, Any]) -> list[Figure]:
-    title, digits = score_name(name), label(name).digits
+def spread(name: str, of: Mapping[str, Any], title: str | None = None) -> list[Figure]:
+    """The chart of one distribution of report.json; none where no text has a value."""
+    title, digits = title or score_name(name), label(name).digits
     percentiles, means = of.get("percentiles") or {}, of.get("means") or {}
     groups = {
-        who: Spread(*(float(values[p]) for p in PERCENTILES), float(means[who])) for who, values in percentiles.items()
+        who: Spread(*[float(values[p]) for p in PERCENTILES], float(means[who])) for who, values in percentiles.items()
     }
     if not groups:
         return []
-    rows = [(who, *(number(v, digits) for v in spread)) for who, spread in groups.items()]
+    rows = [(who, *(number(v, digits) for v in values)) for who, values in groups.items()]
     head = ("Texts of", *(f"{p} %" for p in PERCENTILES), "mean")
     edges, counts = of["edges"], of["counts"]
     bins = [
         (f"{significant(edges[i])} to {significant(edges[i + 1])}", *(f"{c[i]:,}" for c in counts.values()))
         for i in range(len(edges) - 1)
     ]
-    return [
-        Figure(title, charts.boxes(groups, f"{title}: box plot", title.lower()), Table(f"{title}: percentiles", head, rows)),
-        Figure(
-            f"{title}: histogram",
-            charts.histograms(edges, counts, f"{title}: histogram", title.lower()),
-            Table(f"{title}: texts in each bin", ("Bin", *counts), bins),
-        ),
-    ]
+    tables = [Table("Percentiles", head, rows), Table("Texts in each bin", ("Bin", *counts), bins)]
+    return [Figure(title, charts.spreads(edges, counts, groups, title, score_name(name).lower()), tables)]

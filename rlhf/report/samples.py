@@ -59,14 +59,15 @@ def samples(sources: Sources) -> Samples | None:
     if not columns.get("prompt") or not policies:
         return None
     order = _chosen(columns, sources)
-    shown, size = [], 0
+    shown: list[Sample] = []
+    size = 0
     for row, why in order.items():
         sample = _sample(columns, row, why, policies, report.get("judged") or [])
         size += _size(sample)
         if len(shown) == MOST or (shown and size > BYTES):
             break
         shown.append(sample)
-    comparison = next(iter(report.get("comparisons") or []), {})
+    comparison: Mapping[str, Any] = next(iter(report.get("comparisons") or []), {})
     after = comparison.get("candidate", policies[-1])
     before = comparison.get("baseline", policies[0])
     return Samples(shown, len(columns["prompt"]), policies, before, after)

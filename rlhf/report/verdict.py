@@ -16,10 +16,11 @@ Comparison = Mapping[str, Any]
 
 
 class Tile(NamedTuple):
-    """One figure of the summary: what it is, the figure, and what is to be known beside it."""
+    """One figure of the summary: what it is, the figure, its interval, and what is to be known beside it."""
 
     name: str
     figure: str
+    interval: str
     beside: str
 
 
@@ -104,26 +105,34 @@ def _tiles(sources: Sources, comparison: Comparison | None) -> list[Tile]:
         of, by = comparison["scores"][judge], f"by {_mid(score_name(judge))}"
         fair = of.get("win_rate_length_controlled")
         beside = f"{by}; at equal length {percents(fair)}" if fair and fair.get("value") is not None else by
-        tiles.append(Tile(f"{new} wins against {old}", percents(of.get("win_rate")), beside))
+        tiles.append(Tile(f"{new} wins against {old}", *_split(percents(of.get("win_rate"))), beside))
         sure = f"p {_equals(p_value(value_of(of.get('p'))))}, effect size {number(value_of(of.get('effect')), 2)}"
-        tiles.append(Tile("Change of that score", interval(of.get("difference"), 2, sign=True), sure))
+        tiles.append(Tile("Change of that score", *_split(interval(of.get("difference"), 2, sign=True)), sure))
     last = (comparison or {}).get("candidate") or next(iter(reversed([*_policies(report)])), "")
     if kl := report.get("metrics", {}).get(last, {}).get("kl"):
-        spread = f"\N{PLUS-MINUS SIGN} {number(kl['stderr'], 2)} standard error; " if kl.get("stderr") is not None else ""
+        spread = (
+            f"\N{PLUS-MINUS SIGN} {number(kl['stderr'], 2)} standard error; " if kl.get("stderr") is not None else ""
+        )
         reference = str(report.get("kl_reference", "")).upper()
-        tiles.append(Tile(f"KL to {reference}", number(kl.get("value"), 2), f"{spread}nats a response"))
+        tiles.append(Tile(f"KL to {reference}", *_split(interval(kl, 2)), f"{spread}nats a response"))
     tiles.append(_overoptimised(alarms(report)))
     return tiles
+
+
+def _split(written: str) -> tuple[str, str]:
+    """An estimate and its interval."""
+    value, bracket, rest = written.partition(" [")
+    return value, f"{bracket}{rest}".strip()
 
 
 def _overoptimised(alarm: Mapping[str, bool]) -> Tile:
     name = "Over-optimised"
     if not alarm:
-        return Tile(name, "not measured", "PPO had no judge")
+        return Tile(name, "not measured", "", "PPO had no judge")
     on = [score_name(judge) for judge, ringing in alarm.items() if ringing]
     if on:
-        return Tile(name, "yes", f"reward rose while it fell by {listed([_mid(of) for of in on])}")
-    return Tile(name, "no", f"no alarm by {listed([_mid(score_name(judge)) for judge in alarm])}")
+        return Tile(name, "yes", "", f"reward rose while it fell by {listed([_mid(of) for of in on])}")
+    return Tile(name, "no", "", f"no alarm by {listed([_mid(score_name(judge)) for judge in alarm])}")
 
 
 def _alarm_words(report: Mapping[str, Any]) -> list[str]:
@@ -139,9 +148,8 @@ def _small(report: Mapping[str, Any]) -> list[str]:
     temperature = settings.get("temperature")
     how = "greedy" if not temperature else f"sampled at temperature {temperature:g}"
     sure = f"{100 * settings['confidence']:g} %" if "confidence" in settings else "bootstrap"
-    return [
-        f"{report.get('prompts', 0):,} held-out prompts, {how}. Brackets are {sure} intervals, by bootstrap over prompts."
-    ]
+    prompts = f"{report.get('prompts', 0):,} held-out prompts, {how}"
+    return [f"{prompts}. Brackets are {sure} intervals, by bootstrap over prompts."]
 
 
 def _unevaluated(sources: Sources) -> str:
