@@ -96,7 +96,7 @@ class Lengths(_TextMetric):
 
 
 class Distinct(_TextMetric):
-    """Different words (``distinct1``) and pairs of words (``distinct2``) over all, in [0, 1], whatever the references."""
+    """Different words (``distinct1``) and pairs (``distinct2``) of all responses, in [0, 1], without references."""
 
     def _values(self, predictions: list[str], references: list[Any]) -> dict[str, Floats]:
         return {}
