@@ -71,7 +71,7 @@ def lineage(sources: Sources) -> Section | None:
                 reads.setdefault(source, []).append(part)
         edges += [(source, stage) for source in reads]
         cached = bool(sources.record.stages.get(stage, {}).get("cached"))
-        became = "from the cache" if cached else "computed in this run"
+        became = "cached" if cached else "computed"
         names.append((stage, f"{became}, {headlines.size(manifest.size)}, {manifest.digest[:SHORT]}"))
         read = "; ".join(f"{source}: {', '.join(parts)}" for source, parts in reads.items())
         short = (manifest.key[:SHORT], manifest.digest[:SHORT])

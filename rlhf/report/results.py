@@ -198,7 +198,8 @@ def spread(name: str, of: Mapping[str, Any], title: str | None = None) -> list[F
     title, digits = title or score_name(name), label(name).digits
     percentiles, means = of.get("percentiles") or {}, of.get("means") or {}
     groups = {
-        who: Spread(*[float(values[p]) for p in PERCENTILES], float(means[who])) for who, values in percentiles.items()
+        who: Spread(*(float(v) for v in [*(values[p] for p in PERCENTILES), means[who]]))
+        for who, values in percentiles.items()
     }
     if not groups:
         return []

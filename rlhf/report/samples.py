@@ -11,11 +11,12 @@ from markupsafe import escape
 from rlhf.labels import label
 from rlhf.report.model import Sources
 from rlhf.report.verdict import judge_of
-from rlhf.report.words import number, score_name, shortened, visible
+from rlhf.report.words import in_sentence, number, score_name, shortened, visible
 
 MOST = 400  # samples on the page
 BYTES = 1_500_000  # of their text as it is written on the page
 CHARACTERS = 3_000  # of one text
+FIRST = 3  # samples that come first, whatever they are
 EXTREMES = 20  # of the samples with the largest gains, and as many with the largest losses
 
 
@@ -75,33 +76,29 @@ def samples(sources: Sources) -> Samples | None:
 
 def _chosen(columns: Mapping[str, Sequence[Any]], sources: Sources) -> dict[int, str]:
     """Rows in the order in which they are shown, and what is notable about each."""
-    count = len(columns["prompt"])
-    rows: dict[int, str] = {}
+    notable = _notable(columns, sources)
+    rows = range(min(len(columns["prompt"]), MOST))
+    return {row: notable.get(row, "") for row in [*rows[:FIRST], *notable, *rows[FIRST:]]}
+
+
+def _notable(columns: Mapping[str, Sequence[Any]], sources: Sources) -> dict[int, str]:
+    """The largest losses and gains of the first comparison, in turns."""
     comparison = next(iter(sources.evaluation.get("comparisons") or []), None)
     metric = judge_of(sources, comparison) if comparison is not None else None
-    if comparison is not None and metric is not None:
-        new, old = (columns.get(f"{comparison[who]}_{metric}") for who in ("candidate", "baseline"))
-        if new is not None and old is not None:
-            change = np.array(new, dtype=np.float64) - np.array(old, dtype=np.float64)
-            order = [int(row) for row in np.argsort(change, kind="stable") if not np.isnan(change[row])]
-            by = score_name(metric)
-            for title, found in (("loss", [r for r in order if change[r] < 0]),
-                                 ("gain", [r for r in order[::-1] if change[r] > 0])):  # fmt: skip
-                rows |= {row: f"{_ordinal(place)} {title} by {by}" for place, row in enumerate(found[:EXTREMES])}
-    first = [row for row in range(min(count, MOST)) if row not in rows]
-    notable = list(rows)
-    return {row: rows.get(row, "") for row in [*first[:3], *_alternating(notable, EXTREMES), *first[3:]]}
-
-
-def _alternating(rows: Sequence[int], half: int) -> list[int]:
-    """The losses and the gains in turns, the largest first."""
-    losses, gains = rows[:half], rows[half:]
-    longest = max(len(losses), len(gains))
-    return [of[i] for i in range(longest) for of in (losses, gains) if i < len(of)]
-
-
-def _ordinal(place: int) -> str:
-    return "largest" if place == 0 else f"no. {place + 1}"
+    new, old = ((columns.get(f"{comparison[who]}_{metric}") if comparison is not None else None)
+                for who in ("candidate", "baseline"))  # fmt: skip
+    if metric is None or new is None or old is None:
+        return {}
+    change = np.array(new, dtype=np.float64) - np.array(old, dtype=np.float64)
+    order = [int(row) for row in np.argsort(change, kind="stable") if not np.isnan(change[row])]
+    losses = [row for row in order if change[row] < 0][:EXTREMES]
+    gains = [row for row in reversed(order) if change[row] > 0][:EXTREMES]
+    found = {}
+    for place in range(EXTREMES):
+        for name, rows in (("loss", losses), ("gain", gains)):
+            if place < len(rows):
+                found[rows[place]] = f"{name} no. {place + 1} by {in_sentence(score_name(metric))}"
+    return found
 
 
 def _sample(

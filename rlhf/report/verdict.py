@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from rlhf.report.model import Sources
-from rlhf.report.words import interval, listed, number, p_value, percents, score_name, value_of
+from rlhf.report.words import in_sentence, interval, listed, number, p_value, percents, score_name, value_of
 
 Tone = Literal["good", "bad", "open"]
 Comparison = Mapping[str, Any]
@@ -58,17 +58,17 @@ def judgement(comparison: Comparison, trained_on: Sequence[str]) -> tuple[Tone, 
         became = {1: "more", 0: "no clearly different", -1: "less"}[max(signs.values(), key=abs)]
         return "open", f"{new} has {became} reward than {old}, but nothing judged it that it was not trained on."
     found = set(independent.values())
-    by = listed([_mid(score_name(name)) for name in independent])
+    by = listed([in_sentence(score_name(name)) for name in independent])
     if found == {1}:
         return "good", f"{new} is better than {old}, by {by}."
     if found == {-1} or (risen and -1 in found):
-        worse = listed([_mid(score_name(name)) for name, value in independent.items() if value == -1])
+        worse = listed([in_sentence(score_name(name)) for name, value in independent.items() if value == -1])
         more = f"has more reward than {old}, but is worse" if risen else f"is worse than {old}"
         return "bad", f"{new} {more} by {worse}{': the reward was over-optimised' if risen else ''}."
     if found == {0}:
         return "open", f"No clear difference between {new} and {old} by {by}: the interval contains 0."
     parts = [
-        f"{word} by {listed([_mid(score_name(name)) for name, value in independent.items() if value == wanted])}"
+        f"{word} by {listed([in_sentence(score_name(name)) for name, value in independent.items() if value == wanted])}"
         for wanted, word in ((1, "better"), (-1, "worse"), (0, "not clearly different"))
         if wanted in found
     ]
@@ -102,7 +102,7 @@ def _tiles(sources: Sources, comparison: Comparison | None) -> list[Tile]:
     judge = judge_of(sources, comparison) if comparison is not None else None
     if comparison is not None and judge is not None:
         new, old = _who(comparison)
-        of, by = comparison["scores"][judge], f"by {_mid(score_name(judge))}"
+        of, by = comparison["scores"][judge], f"by {in_sentence(score_name(judge))}"
         fair = of.get("win_rate_length_controlled")
         beside = f"{by}; at equal length {percents(fair)}" if fair and fair.get("value") is not None else by
         tiles.append(Tile(f"{new} wins against {old}", *_split(percents(of.get("win_rate"))), beside))
@@ -131,12 +131,12 @@ def _overoptimised(alarm: Mapping[str, bool]) -> Tile:
         return Tile(name, "not measured", "", "PPO had no judge")
     on = [score_name(judge) for judge, ringing in alarm.items() if ringing]
     if on:
-        return Tile(name, "yes", "", f"reward rose while it fell by {listed([_mid(of) for of in on])}")
-    return Tile(name, "no", "", f"no alarm by {listed([_mid(score_name(judge)) for judge in alarm])}")
+        return Tile(name, "yes", "", f"reward rose while it fell by {listed([in_sentence(of) for of in on])}")
+    return Tile(name, "no", "", f"no alarm by {listed([in_sentence(score_name(judge)) for judge in alarm])}")
 
 
 def _alarm_words(report: Mapping[str, Any]) -> list[str]:
-    on = [_mid(score_name(judge)) for judge, ringing in alarms(report).items() if ringing]
+    on = [in_sentence(score_name(judge)) for judge, ringing in alarms(report).items() if ringing]
     if not on:
         return []
     return [f"During PPO the reward rose while the score by {listed(on)} fell: see Over-optimisation."]
@@ -168,12 +168,6 @@ def _who(comparison: Comparison) -> tuple[str, str]:
     new, old = ("the references" if name == "reference" else str(name).upper()
                 for name in (comparison["candidate"], comparison["baseline"]))  # fmt: skip
     return new, old
-
-
-def _mid(name: str) -> str:
-    """A name in the middle of a sentence: acronyms stay as they are."""
-    known = {"Reward": "the reward model", "Held-out reward model": "the held-out reward model"}
-    return known.get(name) or (name if name[:2].isupper() else f"{name[:1].lower()}{name[1:]}")
 
 
 def _equals(written: str) -> str:

@@ -94,6 +94,12 @@ def score_name(metric: str) -> str:
     return "Held-out reward model" if metric == "held_out" else label(metric).name
 
 
+def in_sentence(name: str) -> str:
+    """A name in the middle of a sentence: acronyms stay as they are."""
+    known = {"Reward": "the reward model", "Held-out reward model": "the held-out reward model"}
+    return known.get(name) or (name if name[:2].isupper() else f"{name[:1].lower()}{name[1:]}")
+
+
 def listed(names: Sequence[str]) -> str:
     """``a, b and c``."""
     return "".join(names) if len(names) < 2 else f"{', '.join(names[:-1])} and {names[-1]}"
