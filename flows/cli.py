@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from flows import cache, generate, summary, up
+from flows import cache, compare, generate, summary, up
 from rlhf import headlines
 from rlhf.artifacts import Store
 from rlhf.config import PipelineConfig
@@ -304,6 +304,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_arguments(add("generate", generate.generate, generate.ABOUT, store, as_json))
     runs = add("runs", _runs, "List the runs on this machine.", as_json)
     runs.add_argument("--last", type=_count, default=20, help="how many (default: 20)")
+    compare.add_diff_arguments(add("diff", compare.diff, compare.ABOUT_DIFF, as_json))
+    compare.add_compare_arguments(add("compare", compare.compare, compare.ABOUT_COMPARE, as_json))
     up.add_arguments(add("up", up.up, up.ABOUT, store))
     deploy = add("deploy", _deploy, "Put deployments on the Prefect server of PREFECT_API_URL.", source)
     deploy.add_argument("--cron", help="when to look for something new and retrain, such as '0 3 * * *'")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf.errors import ConfigError
 from rlhf.locks import is_locked
 
+CHAMPION = "champion:"
 RECORD = "run.json"
+REPORT = "report.html"  # beside it; for people
 OWNER = "owner.lock"  # beside it; held as long as the run's process lives
 
 
@@ -53,3 +57,32 @@ def read_runs(home: Path) -> list[RunRecord]:
             record.status = "interrupted"
         records.append(record)
     return records
+
+
+def find_run(home: Path, name: str) -> RunRecord:
+    """The run that a person means: by its id, ``champion:PIPELINE``, or a pipeline's name, its last finished run.
+
+    Raises:
+        ConfigError: there is none.
+        ArtifactError: the pipeline's record of its champion is damaged.
+    """
+    records = read_runs(home)
+    wanted = _champion(home, name.removeprefix(CHAMPION)) if name.startswith(CHAMPION) else name
+    for record in reversed(records):
+        if record.id == wanted or (record.pipeline == wanted and record.status == "done"):
+            return record
+    known = {record.id for record in records} | {record.pipeline for record in records if record.status == "done"}
+    close = get_close_matches(wanted, sorted(known), n=1, cutoff=0.3)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ConfigError(
+        f"{name!r} is neither a run in {home / 'runs'} nor a pipeline with a finished run; {hint}`rlhf runs` lists them"
+    )
+
+
+def _champion(home: Path, pipeline: str) -> str:
+    from rlhf.champion import champion  # it looks at stages and their keys, which the record of a run does not need
+
+    found = champion(home, pipeline)
+    if found is None:
+        raise ConfigError(f"{CHAMPION}{pipeline}: that pipeline has no champion yet")
+    return found.run_id

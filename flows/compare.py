@@ -1,0 +1,282 @@
+"""``rlhf diff`` and ``rlhf compare``: what differs between runs, and whether it made a difference."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import sys
+import time
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from flows.summary import print_table
+from rlhf import headlines
+from rlhf.artifacts import Store
+from rlhf.errors import ConfigError
+from rlhf.explain import did_you_mean
+from rlhf.labels import label
+from rlhf.locations import home_directory
+from rlhf.runs import CHAMPION, RunRecord, find_run, read_runs
+
+if TYPE_CHECKING:
+    from rlhf.intervals import Estimate
+    from rlhf.runs_compared import Change, Compared, Row
+
+ABOUT_DIFF = "Say what differs between two runs: configuration, data, code, versions, and figures beyond noise."
+ABOUT_COMPARE = "Show runs side by side: the settings in which they differ, and what they measured."
+RUN = f"run id, pipeline (its last finished run), or {CHAMPION}PIPELINE"
+KINDS = {
+    "config": "settings",
+    "data": "data",
+    "models": "models",
+    "code": "code",
+    "libraries": "libraries",
+    "device": "computed on",
+    "no number": "settings that change no number",
+}
+POLICIES = ("ppo", "sft", "base")
+WIN_RATES = {
+    "evaluate/win_rate/": "win rate by {}",
+    "evaluate/win_rate_length_controlled/": "win rate by {}, at equal length",
+    "evaluate/win_rate_against_base/": "win rate by {}, against base",
+    "evaluate/win_rate_against_references/": "win rate by {}, against references",
+}
+OTHERS = {
+    "reward/test_accuracy": "accuracy of the reward model",
+    "reward/held_out/test_accuracy": "accuracy of the held-out one",
+    "ppo/overoptimised": "over-optimised",
+}
+# What a table of runs shows first, as far as it is there and fits.
+HEADLINES = (
+    "evaluate/win_rate/held_out", "evaluate/win_rate/gold", "evaluate/ppo/kl", "evaluate/ppo/reward",
+    "evaluate/ppo/rougeL", "evaluate/win_rate_length_controlled/held_out", "ppo/overoptimised",
+    "evaluate/win_rate/reward", "evaluate/sft/rougeL", "reward/test_accuracy",
+)  # fmt: skip
+NARROWEST, CELL = 100, 14  # columns of a terminal that a table fits in any case, and of a figure with its interval
+
+
+def add_diff_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``rlhf diff``, but for ``--home`` and ``--json``."""
+    parser.add_argument("a", metavar="A", help=RUN)
+    parser.add_argument("b", metavar="B", help="the same, of the other run")
+
+
+def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``rlhf compare``, but for ``--home`` and ``--json``."""
+    parser.add_argument("runs", nargs="*", metavar="RUN", help=f"{RUN} (default: the last ones of a pipeline)")
+    parser.add_argument("--pipeline", metavar="NAME", help="whose runs (default: that of the last finished run)")
+    parser.add_argument("--last", type=int, default=10, metavar="N", help="how many (default: 10)")
+    parser.add_argument("--metrics", metavar="A,B", help="figures to show, such as evaluate/ppo/kl,evaluate/ppo/rougeL")
+    parser.add_argument("--csv", action="store_true", help="print CSV, with all figures unless --metrics chooses")
+
+
+def diff(options: argparse.Namespace, console: Console) -> None:
+    """Compare two runs."""
+    from rlhf import runs_compared
+
+    store = Store(home_directory(options.home))
+    a, b = (runs_compared.read(find_run(store.home, name), store) for name in (options.a, options.b))
+    if options.json:
+        print(json.dumps(runs_compared.as_json(a, b), indent=1))
+        return
+    for letter, side in (("A", a), ("B", b)):
+        console.print(f"{letter}  {_named(side.record)}", highlight=False, markup=False, soft_wrap=True)
+    became: dict[str, list[str]] = {}
+    for stage, what in runs_compared.stages(a, b).items():
+        became.setdefault(what, []).append(stage)
+    words = {"same": "the same artifact", "same result": "made anew with the same result", "different": "differs"}
+    print_table(("stages", ""), [(", ".join(names), words.get(what, what)) for what, names in became.items()], console)
+    _print_changes(runs_compared.changes(a, b), console)
+    _print_figures(runs_compared.compare(a, b), console)
+
+
+def _named(record: RunRecord) -> str:
+    began = time.strftime("%d %b %Y %H:%M", time.localtime(record.started))
+    return f"{record.id}  {record.pipeline}, {began}, {record.status}"
+
+
+def _print_changes(changes: Sequence[Change], console: Console) -> None:
+    """What differs, by kind; a change that concerns several stages is one line."""
+    rows: list[tuple[str, ...]] = []
+    for kind, words in KINDS.items():
+        found = [change for change in changes if change.kind == kind]
+        for number, change in enumerate(found):
+            rows.append((words if number == 0 else "", _change(change), ", ".join(change.stages)))
+    if rows:
+        print_table(("what differs", "", "concerns"), rows, console)
+    else:
+        console.print("Nothing differs that a result depends on.\n")
+
+
+def _change(change: Change) -> str:
+    if change.kind == "code":
+        where = "only in B" if change.a is None else "only in A" if change.b is None else "changed"
+        return f"{change.name} {where}"
+    name = "" if change.kind == "device" else f"{change.name}: "
+    return f"{name}{_value(change.a)} -> {_value(change.b)}"
+
+
+def _value(value: Any) -> str:
+    """A setting as a person writes it."""
+    return "(not there)" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def _print_figures(figures: Sequence[Compared], console: Console) -> None:
+    """The figures of the last policy, win rates and the reward models, with a verdict on each."""
+    by_name = {figure.name: figure for figure in figures}
+    policy = next((name for name in POLICIES if any(key.startswith(f"evaluate/{name}/") for key in by_name)), "")
+    rows = []
+    for name, words in _shown(by_name, policy).items():
+        figure = by_name[name]
+        if figure.test != "none" or figure.note.startswith("two ") or name in OTHERS:
+            rows.append((words, _figure(figure.a), _figure(figure.b), _figure(figure.difference), _verdict(figure)))
+    if not rows:
+        console.print("There is no figure that both runs have.")
+        return
+    print_table((policy.upper() or "figures", "A", "B", "B - A", "more than noise?"), rows, console)
+    tested = [figure for figure in figures if figure.test == "prompt by prompt"]
+    if tested:
+        prompts = max(figure.difference.n for figure in tested)
+        console.print(f"* prompt by prompt, on {prompts} prompts that both answered; the others by their intervals.")
+    console.print(
+        "It is about these two policies on other prompts; another seed gives other policies. Of 20 figures without a "
+        "true difference about one is called one.",
+        style="dim",
+    )
+
+
+def _shown(names: Collection[str], policy: str) -> dict[str, str]:
+    """The figures that people look at, with what they are called."""
+    prefix = f"evaluate/{policy}/"
+    found = {
+        name: words.format(name.removeprefix(start))
+        for start, words in WIN_RATES.items()
+        for name in names
+        if name.startswith(start)
+    }
+    found |= {name: label(name.removeprefix(prefix)).name for name in names if policy and name.startswith(prefix)}
+    return found | {name: words for name, words in OTHERS.items() if name in names}
+
+
+def _figure(estimate: Estimate) -> str:
+    metrics = {"x": estimate.value, "x_low": estimate.low, "x_high": estimate.high}
+    return headlines.value({name: value for name, value in metrics.items() if not math.isnan(value)}, "x", "\n")
+
+
+def _verdict(figure: Compared) -> str:
+    if figure.noise is None:
+        return f"not tested: {figure.note}"
+    star = "*" if figure.test == "prompt by prompt" else ""
+    p = "" if math.isnan(figure.p) else f" (p {figure.p:.3f})" if figure.p >= 0.001 else " (p < 0.001)"
+    return f"{'no' if figure.noise else 'yes'}{star}{p}"
+
+
+# ----------------------------------------------------------------------------------------------------- many runs
+def compare(options: argparse.Namespace, console: Console) -> None:
+    """Show runs side by side."""
+    from rlhf import runs_compared
+
+    store = Store(home_directory(options.home))
+    records = _records(options, store)
+    rows = runs_compared.side_by_side([runs_compared.read(record, store) for record in records])
+    known = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    chosen = _chosen(options.metrics, known)
+    if options.json or options.csv:
+        made = [_flat(row, chosen or known, bounds=bool(chosen)) for row in rows]
+        print(json.dumps(made, indent=1)) if options.json else _write_csv(made)
+        return
+    settings = list(dict.fromkeys(name for row in rows for name in row.settings))
+    shown = chosen or [name for name in HEADLINES if name in known]
+    left = max(console.width, NARROWEST) - 35 - sum(_width(name, rows) for name in settings)
+    fitting = shown if chosen else shown[: max(1, left // CELL)]
+    head = ("run", "began", *(name.replace(".", ". ") for name in settings), *map(_heading, fitting))
+    cells = [
+        (
+            row.record.id,
+            time.strftime("%d %b %H:%M", time.localtime(row.record.started)),
+            *(_value(row.settings[name]) if name in row.settings else "" for name in settings),
+            *(headlines.value(row.metrics, name, "\n") for name in fitting),
+        )
+        for row in rows
+    ]
+    print_table(head, cells, console)
+    if others := [name for name in shown if name not in fitting]:
+        console.print(f"There are also {', '.join(others)}: --metrics chooses, --csv has all.", soft_wrap=True)
+
+
+def _records(options: argparse.Namespace, store: Store) -> list[RunRecord]:
+    """The runs that were named, or the last finished ones of a pipeline.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if options.last < 1:
+        raise ConfigError(f"--last is {options.last}; it must be 1 or more")
+    if options.runs:
+        if options.pipeline:
+            raise ConfigError("name runs, or --pipeline, not both")
+        return [find_run(store.home, name) for name in options.runs]
+    done = [record for record in read_runs(store.home) if record.status == "done"]
+    pipeline = options.pipeline or (done[-1].pipeline if done else "")
+    found = [record for record in done if record.pipeline == pipeline]
+    if not found:
+        known = ", ".join(sorted({record.pipeline for record in done})) or "none yet"
+        raise ConfigError(
+            f"no run of {pipeline or 'any pipeline'} in {store.home / 'runs'} is finished; pipelines: {known}"
+        )
+    return found[-options.last :]
+
+
+def _chosen(text: str | None, known: Sequence[str]) -> list[str]:
+    """The figures that --metrics names.
+
+    Raises:
+        ConfigError: no run has one of them.
+    """
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--metrics: no run has {name!r}{did_you_mean(name, known)}; `--json` shows all")
+    return names
+
+
+def _flat(row: Row, metrics: Sequence[str], bounds: bool) -> dict[str, Any]:
+    """A run as one flat row, for a program; the bounds of chosen figures beside them."""
+    ends = ("", "_low", "_high") if bounds else ("",)
+    names = dict.fromkeys(f"{name}{end}" for name in metrics for end in ends)
+    return {
+        "run": row.record.id,
+        "pipeline": row.record.pipeline,
+        "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row.record.started)),
+        **row.settings,
+        **{name: row.metrics[name] for name in names if name in row.metrics},
+    }
+
+
+def _write_csv(rows: Sequence[Mapping[str, Any]]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({name: _value(value) if value is not None else "" for name, value in row.items()} for row in rows)
+
+
+def _width(setting: str, rows: Sequence[Row]) -> int:
+    """Columns of a terminal for a setting, whose name is broken at its dots."""
+    values = [len(_value(row.settings[setting])) for row in rows if setting in row.settings]
+    return 1 + min(20, max([*values, *(len(part) + 1 for part in setting.split("."))]))
+
+
+def _heading(name: str) -> str:
+    """What a figure is called at the head of a column: words that break into lines."""
+    for start, words in WIN_RATES.items():
+        if name.startswith(start):
+            return words.format(name.removeprefix(start).replace("_", " "))
+    if name in OTHERS:
+        return OTHERS[name]
+    _, _, rest = name.partition("evaluate/")
+    policy, _, metric = rest.partition("/")
+    return f"{policy.upper()} {label(metric).name}" if metric else name.replace("/", "/ ")
