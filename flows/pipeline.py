@@ -4,6 +4,7 @@
 module imports neither torch nor MLflow nor TRL; a stage's libraries load when it has to be computed.
 """
 
+import logging
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Final, Literal
 from prefect import flow, get_run_logger
 from pydantic import Field
 
+from flows import reports
 from flows.cancelling import cancellable
 from flows.display import PlainDisplay
 from flows.project import enter_project
@@ -34,6 +36,7 @@ from tasks.run import Run, Watcher, current_run
 from tasks.shipper import Shipper
 from tasks.stages import run_stage
 
+log = logging.getLogger(__name__)
 watcher: ContextVar[Watcher | None] = ContextVar("watcher", default=None)
 
 PresetName = Annotated[str, Field(json_schema_extra={"enum": list(presets())})]
@@ -152,7 +155,7 @@ def _run(config: PipelineConfig, store: Store, selection: Selection) -> dict[str
     )
     token = current_run.set(run)
     try:
-        with _shipper(run), journal, _recorded(record, store.home):
+        with _shipper(run), journal, _reported(run, record), _recorded(record, store.home):
             tracking.begin(run, prefect_ui.flow_run_link())
             for stage in selection.stages(config):
                 record.stages[stage] = _stage(run, stage)
@@ -178,6 +181,19 @@ def _recorded(record: RunRecord, home: Path) -> Iterator[None]:
             record.status = "interrupted"
         record.ended = time.time()
         record.write(home)
+
+
+@contextmanager
+def _reported(run: Run, record: RunRecord) -> Iterator[None]:
+    """Make the report of a run at its end, also of one that came only so far; what fails in that fails no run."""
+    try:
+        yield
+    finally:
+        if record.stages:
+            try:
+                tracking.report(run, reports.write(record, run.store))
+            except Exception:
+                log.exception("the report of run %s could not be made; `rlhf report %s` tries again", run.id, run.id)
 
 
 def _to_log(line: str) -> None:

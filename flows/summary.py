@@ -11,6 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from flows import reports
 from rlhf import headlines
 from rlhf.artifacts import Store
 from rlhf.config import PipelineConfig
@@ -73,9 +74,8 @@ def print_result(
         print_table(head, rows, console)
     for line in headlines.sentences(metrics):
         console.print(line, highlight=False)
-    report = plans[-1].key and store.path(plans[-1].stage, str(plans[-1].key)) / "report.html"
     console.print()
-    if report and report.is_file():
+    if report := reports.of_plans(plans, store.home):
         console.print(f"Report:  {report}", highlight=False, markup=False, soft_wrap=True)
     uri = tracking_uri(config.tracking.uri, store.home)
     if uri.startswith("http"):

@@ -20,7 +20,9 @@ from prefect.settings import PREFECT_UI_URL
 
 from rlhf import headlines
 from rlhf.plan import StagePlan
+from rlhf.runs import REPORT
 from rlhf.stages import enabled_stages
+from tasks.journal import PARENT
 from tasks.mlflow_server import tracking_uri
 from tasks.mlflow_sync import run_urls
 from tasks.run import Run
@@ -126,8 +128,11 @@ def _evaluation(run: Run) -> str:
     metrics = {name: value for manifest in run.manifests.values() for name, value in manifest.metrics.items()}
     head, rows = headlines.figures(metrics)
     lines = "\n".join(f"- {line}" for line in headlines.sentences(metrics))
-    report = run.directory("evaluate") / "report.html"
-    return f"{table(head, rows)}\n\n{lines}\n\nThe whole report: `{report}`, and in MLflow."
+    report = (run.journal.directory / REPORT).resolve()
+    text = f"{table(head, rows)}\n\n{lines}\n\nThe report: `{report}`"
+    if (link := _mlflow_links(run).get(PARENT)) and report.is_file():
+        text += f", and in [MLflow]({link}/artifacts/{REPORT})"
+    return f"{text}."
 
 
 def _mlflow_links(run: Run) -> dict[str, str]:

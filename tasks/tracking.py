@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rlhf.artifacts import JOURNAL, Manifest
@@ -67,8 +68,13 @@ def record(run: Run, stage: str, manifest: Manifest) -> None:
     run.journal.end(stage)
 
 
+def report(run: Run, path: Path) -> None:
+    """Keep the report of the whole run."""
+    run.journal.artifact(PARENT, path)
+
+
 def _files(run: Run, stage: str, manifest: Manifest) -> None:
-    """Reports, plots, tables and models, by what they are called."""
+    """Figures, plots, tables and models, by what they are called."""
     directory = run.directory(stage)
     for part, digest in manifest.parts.items():
         path = directory / part
@@ -78,7 +84,7 @@ def _files(run: Run, stage: str, manifest: Manifest) -> None:
             run.journal.table(stage, path)
         elif part == "plots":
             run.journal.artifact(stage, path, part)
-        elif path.suffix in (".json", ".html"):
+        elif path.suffix == ".json":
             run.journal.artifact(stage, path)
     run.journal.artifact(stage, directory / "manifest.json")
 

@@ -3,7 +3,7 @@
 It needs no network, no server and no library; it can be sent by mail, printed, and read on a phone.
 """
 
-from rlhf.report.model import Sources
+from rlhf.report.model import Sources, sources_of
 from rlhf.report.page import page
 
-__all__ = ["Sources", "page"]
+__all__ = ["Sources", "page", "sources_of"]

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from markupsafe import Markup
+from pydantic import ValidationError
 
-from rlhf.artifacts import JOURNAL, Manifest
+from rlhf.artifacts import JOURNAL, Manifest, Store, read_manifest
 from rlhf.config import PipelineConfig
 from rlhf.errors import ArtifactError
+from rlhf.hashing import MANIFEST
 from rlhf.runs import RunRecord
 from rlhf.tracker import Entry, read_journal
 
@@ -61,6 +63,27 @@ class Sources:
         directory = self.directories.get(stage)
         path = None if directory is None else directory / name
         return path if path is not None and path.is_file() else None
+
+
+def sources_of(record: RunRecord, store: Store) -> Sources:
+    """Where the figures of a run are, as far as its artifacts are still what it left."""
+    manifests, directories = {}, {}
+    for stage, row in record.stages.items():
+        directory = store.path(stage, row["key"])
+        try:
+            manifest = read_manifest(directory / MANIFEST)
+        except ArtifactError:
+            manifest = store.remembered(stage, row["key"])
+        if manifest is None or manifest.digest != row["digest"]:
+            continue
+        manifests[stage] = manifest
+        if directory.is_dir():
+            directories[stage] = directory
+    try:
+        config = PipelineConfig.model_validate(record.config)
+    except ValidationError:
+        config = None
+    return Sources(record, config, manifests, directories, store.home / "verdicts" / f"{record.id}.json")
 
 
 class Table(NamedTuple):

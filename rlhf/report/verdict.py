@@ -154,6 +154,8 @@ def _small(report: Mapping[str, Any]) -> list[str]:
 
 def _unevaluated(sources: Sources) -> str:
     done = ", ".join(sources.manifests) or "no stage"
+    if "evaluate" in sources.manifests and "evaluate" not in sources.directories:
+        return "The evaluation’s artifact is gone, so that its figures cannot be shown."
     became = {"failed": "The run failed", "interrupted": "The run was interrupted"}.get(sources.record.status)
     why = f"{became} before it was evaluated" if became else "Nothing was evaluated in this run"
     return f"{why}: done are {done}."
