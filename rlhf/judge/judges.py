@@ -79,10 +79,11 @@ class ByScore:
 
 @dataclass(frozen=True)
 class ByComparison:
-    """A function of the user that compares two responses, asked in both orders."""
+    """A function of the user that compares two responses, asked in both orders; ``setting`` is what names it."""
 
     function: Callable[..., Sequence[float]]
     name: str
+    setting: str = "judge.function"
 
     def compare(
         self, prompts: Sequence[str], firsts: Sequence[str], seconds: Sequence[str], columns: Columns
@@ -99,7 +100,7 @@ class ByComparison:
         return None
 
     def _ask(self, prompts: Sequence[str], one: Sequence[str], other: Sequence[str], columns: Columns) -> Floats:
-        where = f"judge.function {self.name!r}"
+        where = f"{self.setting} {self.name!r}"
         try:
             answer = list(self.function(list(prompts), list(one), list(other), **columns))
         except Exception as error:
