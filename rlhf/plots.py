@@ -39,6 +39,7 @@ LOOKS = {
     "chosen": Look("#0072B2", "//", "-"),
     "rejected": Look("#D55E00", "..", "--"),
 }
+JUDGES = (LOOKS["sft"], LOOKS["reference"], LOOKS["training"], LOOKS["base"])  # one after the other; more are grey
 _STYLE = {
     "font.family": "DejaVu Sans",
     "font.size": 12.0,
@@ -98,6 +99,35 @@ def curves(path: Path, steps: Sequence[int], panels: Mapping[str, Sequence[float
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             ax.set_xlabel("PPO update")
             ax.set_ylabel(label)
+
+
+def overoptimisation(path: Path, kl: Sequence[float], series: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """What PPO is trained on, and judges that it never sees, over the distance from the reference policy, sqrt(KL).
+
+    As Gao et al. 2023 (arXiv 2210.10760) draw it. Each of ``series``, the proxy first, has value, stderr and, where a
+    judge has an alarm, alarm: lists of one number for each evaluation, as ``kl`` in nats is. So that they share an
+    axis, each is drawn as its gain since the first evaluation, over its mean standard error; the band is one standard
+    error wide on each side. A triangle is an evaluation at which the alarm was on.
+    """
+    root = np.sqrt(np.maximum(0.0, np.asarray(kl, dtype=np.float64)))
+    order = np.argsort(root, kind="stable")
+    looks = [LOOKS["ppo"], *JUDGES]
+    with _figure(path, 1) as (ax,):
+        for number, (name, of) in enumerate(series.items()):
+            value, stderr = (np.asarray(of[key], dtype=np.float64) for key in ("value", "stderr"))
+            known = stderr[np.isfinite(stderr) & (stderr > 0)]
+            unit = known.mean() if len(known) else 1.0
+            gain, error = (value - value[0])[order] / unit, stderr[order] / unit
+            look = looks[min(number, len(JUDGES))]
+            ax.plot(root[order], gain, label=name, color=look.colour, linestyle=look.line, linewidth=2.5, marker="o")
+            ax.fill_between(root[order], gain - error, gain + error, color=look.colour, alpha=0.15, linewidth=0)
+            alarm = np.asarray(of.get("alarm", np.zeros(len(value))))[order] > 0
+            ax.plot(root[order][alarm], gain[alarm], color=look.colour, linestyle="", marker="v", markersize=14)
+        if any(np.any(of.get("alarm", ())) for of in series.values()):
+            ax.plot([], [], color="black", linestyle="", marker="v", markersize=10, label="over-optimised")
+        ax.set_xlabel("\N{SQUARE ROOT}KL to the reference, the KL in nats per response")
+        ax.set_ylabel("gain, in standard errors")
+        ax.legend(frameon=False)
 
 
 def reliability(path: Path, bins: Sequence[Mapping[str, float]]) -> None:

@@ -86,6 +86,11 @@ def _draw(folder: Path, report: Report, scores: Mapping[str, Mapping[str, Floats
         plots.histogram(folder / "pairs_histogram.png", {_PAIRS: (pairs["edges"], pairs["counts"])})
     if "length_tokens" in found:
         plots.boxplot(folder / "lengths.png", {label("length_tokens").name: values("length_tokens")})
+    if report["overoptimisation"]:
+        seen = report["overoptimisation"]
+        series = {f"{label(seen['proxy']['name']).name}, which PPO is trained on": seen["proxy"]}
+        series |= {label(name).name: of for name, of in seen["judges"].items()}
+        plots.overoptimisation(folder / "overoptimisation.png", seen["kl"], series)
     if report["curves"]:
         panels = {CURVES[name]: report["curves"][name] for name in CURVES if name in report["curves"]}
         plots.curves(folder / "ppo_curves.png", report["curves"]["step"], panels)
