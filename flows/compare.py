@@ -7,6 +7,7 @@ import csv
 import json
 import math
 import sys
+import textwrap
 import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ HEADLINES = (
     "evaluate/ppo/rougeL", "evaluate/win_rate_length_controlled/held_out", "ppo/overoptimised",
     "evaluate/win_rate/reward", "evaluate/sft/rougeL", "reward/test_accuracy",
 )  # fmt: skip
-NARROWEST, CELL = 100, 14  # columns of a terminal that a table fits in any case, and of a figure with its interval
+NARROWEST, CELL = 100, 12  # columns of a terminal that a table fits in any case, and of a figure with its interval
 
 
 def add_diff_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,7 +170,7 @@ def _figure(estimate: Estimate) -> str:
 
 def _verdict(figure: Compared) -> str:
     if figure.noise is None:
-        return f"not tested: {figure.note}"
+        return f"not tested: {figure.note}" if figure.name not in OTHERS else ""
     star = "*" if figure.test == "prompt by prompt" else ""
     p = "" if math.isnan(figure.p) else f" (p {figure.p:.3f})" if figure.p >= 0.001 else " (p < 0.001)"
     return f"{'no' if figure.noise else 'yes'}{star}{p}"
@@ -191,9 +192,9 @@ def compare(options: argparse.Namespace, console: Console) -> None:
         return
     settings = list(dict.fromkeys(name for row in rows for name in row.settings))
     shown = chosen or [name for name in HEADLINES if name in known]
-    left = max(console.width, NARROWEST) - 35 - sum(_width(name, rows) for name in settings)
-    fitting = shown if chosen else shown[: max(1, left // CELL)]
-    head = ("run", "began", *(name.replace(".", ". ") for name in settings), *map(_heading, fitting))
+    taken = sum(1 + _width(name, rows) for name in settings)
+    fitting = shown if chosen else shown[: max(1, (max(console.width, NARROWEST) - 36 - taken) // (CELL + 1))]
+    head = ("run", "began", *map(_setting_heading, settings), *map(_heading, fitting))
     cells = [
         (
             row.record.id,
@@ -265,18 +266,23 @@ def _write_csv(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _width(setting: str, rows: Sequence[Row]) -> int:
-    """Columns of a terminal for a setting, whose name is broken at its dots."""
-    values = [len(_value(row.settings[setting])) for row in rows if setting in row.settings]
-    return 1 + min(20, max([*values, *(len(part) + 1 for part in setting.split("."))]))
+    """Columns of a terminal that a setting takes."""
+    cells = [_value(row.settings[setting]) for row in rows if setting in row.settings]
+    return max(map(len, [*cells, *_setting_heading(setting).split("\n")]))
+
+
+def _setting_heading(name: str) -> str:
+    """A setting's name, broken at its dots."""
+    return name.replace(".", ".\n")
 
 
 def _heading(name: str) -> str:
-    """What a figure is called at the head of a column: words that break into lines."""
-    for start, words in WIN_RATES.items():
+    """What a figure is called at the head of a column: in lines that are no wider than the figures."""
+    words = OTHERS.get(name, name.replace("/", "/ "))
+    for start, form in WIN_RATES.items():
         if name.startswith(start):
-            return words.format(name.removeprefix(start).replace("_", " "))
-    if name in OTHERS:
-        return OTHERS[name]
-    _, _, rest = name.partition("evaluate/")
-    policy, _, metric = rest.partition("/")
-    return f"{policy.upper()} {label(metric).name}" if metric else name.replace("/", "/ ")
+            words = form.format(name.removeprefix(start).replace("_", " "))
+    policy, _, metric = name.removeprefix("evaluate/").partition("/")
+    if policy in POLICIES and metric:
+        words = f"{policy.upper()} {label(metric).name}"
+    return textwrap.fill(words, CELL, break_long_words=False)

@@ -207,7 +207,9 @@ def _compared(name: str, a: Side, b: Side, pairing: tuple[Rows, Rows] | None) ->
         difference = paired_difference(second, first, **sure)
         p, effect = paired_test(second, first, sure["resamples"], sure["seed"])
         if difference.n > 1:
-            return Compared(name, one, other, difference, "prompt by prompt", p > 1 - sure["confidence"], p, effect)
+            return Compared(
+                name, one, other, difference, "prompt by prompt", bool(p > 1 - sure["confidence"]), p, effect
+            )
     if any(math.isnan(bound) for estimate in (one, other) for bound in (estimate.low, estimate.high)):
         return Compared(name, one, other, plain, "none", None, note="it has no interval")
     difference = _independent(one, other)
