@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal
 from prefect import flow, get_run_logger
 from pydantic import Field
 
-from flows import reports
+from flows import champions, reports
 from flows.cancelling import cancellable
 from flows.display import PlainDisplay
 from flows.project import enter_project
@@ -160,6 +160,8 @@ def _run(config: PipelineConfig, store: Store, selection: Selection) -> dict[str
             for stage in selection.stages(config):
                 record.stages[stage] = _stage(run, stage)
                 record.write(store.home)
+            tracking.finish(run, prefect_ui.flow_run_link())
+        champions.tell(store.home, config)  # what MLflow could not be told before
     finally:
         prefect_ui.show_run(run)
         current_run.reset(token)

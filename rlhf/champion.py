@@ -1,110 +1,225 @@
-"""The champion of a pipeline: the run whose policy is in use, and whether another one takes its place.
+"""The champion of a pipeline: the run whose policy is in use; how it became that, and the way back.
 
-``<home>/champions/<pipeline>.json`` says which run it is, what its stages were computed from, and what it measured;
-``<home>/candidates/<pipeline>.json`` says the same of the last run that was considered, so that a candidate that was
-refused is not considered again until something changes.
+``<home>/champions/<pipeline>.json`` is the truth: every change of the champion, who made it, when and why, and how many
+of them the model registry knows. ``<home>/candidates/<pipeline>.json`` says the same of the last run that was
+considered, so that a candidate that was refused is not considered again until something changes.
 """
 
 from __future__ import annotations
 
+import getpass
 import json
-import math
 import os
 import time
 import uuid
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, TypeVar
 
 from rlhf.artifacts import Store
-from rlhf.config import Promotion
-from rlhf.errors import ArtifactError
+from rlhf.errors import ArtifactError, ConfigError
+from rlhf.locks import locked
 from rlhf.plan import StagePlan, differences
 
-Role = Literal["champions", "candidates"]
+Event = Literal["promoted", "forced", "rolled back"]
+USER = "RLHF_USER"  # says who changes a champion, where the user of the system does not, as in a container
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A run that is, or wants to be, the champion."""
+    """A run that is, or wants to be, the champion; ``keys`` are those of its stages' artifacts."""
 
     run_id: str
-    keys: dict[str, str]  # of the artifact of each stage
-    metrics: dict[str, float]  # final ones, by name
+    keys: dict[str, str]
+
+    @property
+    def policy(self) -> tuple[str, str] | None:
+        """Stage and key of its last trained policy; None where it has trained none."""
+        return next(((stage, self.keys[stage]) for stage in ("ppo", "sft") if stage in self.keys), None)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One change of the champion: which run took the place of which other, and who did so when and why."""
+
+    event: Event
+    champion: Contender
+    previous: str | None  # the run id of the champion before
+    who: str
+    why: tuple[str, ...]
     when: float = field(default_factory=time.time)  # unix seconds
-    why: tuple[str, ...] = ()  # the verdict's reasons
 
 
-class Verdict(NamedTuple):
-    """Whether a candidate takes the champion's place, and why or why not."""
+@dataclass(frozen=True)
+class History:
+    """All changes of a pipeline's champion, oldest first; the first ``told`` of them are in the model registry."""
 
-    promote: bool
-    reasons: tuple[str, ...]
+    changes: tuple[Change, ...] = ()
+    told: int = 0
 
+    @property
+    def last(self) -> Change | None:
+        """The change that made the present champion; None before there is one."""
+        return self.changes[-1] if self.changes else None
 
-class Gate(Protocol):
-    """Decides between a candidate and the champion; the first candidate has no champion to beat."""
-
-    def __call__(self, candidate: Contender, champion: Contender | None) -> Verdict: ...
-
-
-def better_by(rule: Promotion) -> Gate:
-    """A gate on one metric: the candidate must be better than the champion by more than a margin."""
-
-    def gate(candidate: Contender, champion: Contender | None) -> Verdict:
-        value = candidate.metrics.get(rule.metric, math.nan)
-        if not math.isfinite(value):
-            known = ", ".join(name for name in sorted(candidate.metrics) if name.startswith("evaluate/")) or "none"
-            return Verdict(False, (f"{rule.metric} was not measured; promotion.metric may be one of: {known}",))
-        if champion is None:
-            return Verdict(True, (f"{rule.metric} is {value:.4g}, and there is no champion yet",))
-        old = champion.metrics.get(rule.metric, math.nan)
-        gain = (old - value) if rule.lower_is_better else (value - old)
-        words = f"{rule.metric}: {old:.4g} of the champion, {value:.4g} of the candidate"
-        if math.isnan(gain):
-            return Verdict(True, (f"{words}; the champion was not measured by it",))
-        verb = "is over" if gain > rule.margin else "is not over"
-        return Verdict(gain > rule.margin, (f"{words}; the gain {gain:.4g} {verb} the margin {rule.margin:.4g}",))
-
-    return gate
+    @property
+    def line(self) -> tuple[Contender, ...]:
+        """The present champion, last, after those that one can go back to one by one."""
+        line: list[Contender] = []
+        for change in self.changes:
+            if change.event == "rolled back":
+                line.pop()
+            else:
+                line.append(change.champion)
+        return tuple(line)
 
 
-def read(home: Path, role: Role, pipeline: str) -> Contender | None:
-    """The champion of a pipeline, or its last candidate; None before there is one.
+@dataclass(frozen=True)
+class Considered:
+    """The last run that the gate was shown, and what it said; ``told`` is whether the model registry knows."""
+
+    candidate: Contender
+    promoted: bool
+    why: tuple[str, ...]
+    when: float = field(default_factory=time.time)
+    told: bool = False
+
+
+def registered_names(pipeline: str, contender: Contender) -> dict[str, str]:
+    """The registered model of each stage of a run whose model is registered: the last policy's, and the reward's."""
+    names = {contender.policy[0]: pipeline} if contender.policy else {}
+    return names | ({"reward": f"{pipeline}-reward"} if "reward" in contender.keys else {})
+
+
+# ------------------------------------------------------------------------------------------------------ what there is
+def history(home: Path, pipeline: str) -> History:
+    """How the champion of a pipeline came to be; empty before there is one.
 
     Raises:
         ArtifactError: its file is damaged.
     """
-    path = _path(home, role, pipeline)
-    try:
-        found = json.loads(path.read_text("utf-8"))
-        return Contender(**found | {"why": tuple(found["why"])})
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, KeyError) as error:
-        raise ArtifactError(f"{path} is damaged ({error}); delete it, and the next run has nothing to beat") from None
+
+    def read(found: Any) -> History:
+        changes = tuple(
+            Change(**change | {"champion": Contender(**change["champion"]), "why": tuple(change["why"])})
+            for change in found["changes"]
+        )
+        return History(changes, found["told"])
+
+    return _read(home / "champions" / f"{pipeline}.json", read) or History()
+
+
+def champion(home: Path, pipeline: str) -> Contender | None:
+    """The champion of a pipeline; None before there is one. Raises ArtifactError like :func:`history`."""
+    last = history(home, pipeline).last
+    return last.champion if last else None
+
+
+def considered(home: Path, pipeline: str) -> Considered | None:
+    """The last candidate of a pipeline; None before there is one. Raises ArtifactError like :func:`history`."""
+
+    def read(found: Any) -> Considered:
+        return Considered(**found | {"candidate": Contender(**found["candidate"]), "why": tuple(found["why"])})
+
+    return _read(home / "candidates" / f"{pipeline}.json", read)
+
+
+def pipelines(home: Path) -> list[str]:
+    """The pipelines that have a champion, or a candidate that was considered."""
+    return sorted({path.stem for role in ("champions", "candidates") for path in (home / role).glob("[!.]*.json")})
 
 
 def artifacts_in_use(home: Path) -> set[tuple[str, str]]:
-    """Stage and key of each artifact of a champion, or of a candidate that was considered last, of any pipeline.
+    """Stage and key of each artifact of any pipeline's champion, of the one before it, and of the last candidate.
 
     Raises:
         ArtifactError: a file of theirs is damaged.
     """
-    held = [read(home, role, path.stem) for role in get_args(Role) for path in sorted((home / role).glob("*.json"))]
-    return {item for contender in held if contender is not None for item in contender.keys.items()}
+    held: list[Contender] = []
+    for pipeline in pipelines(home):
+        last = considered(home, pipeline)
+        held += [*history(home, pipeline).line[-2:], *([last.candidate] if last else [])]
+    return {item for contender in held for item in contender.keys.items()}
 
 
-def write(home: Path, role: Role, pipeline: str, contender: Contender) -> None:
-    """Put a contender in this place, in one step."""
-    path = _path(home, role, pipeline)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    temporary.write_text(json.dumps(asdict(contender), indent=1), "utf-8")
-    os.replace(temporary, path)
+# --------------------------------------------------------------------------------------------------------- what is done
+def promote(
+    home: Path,
+    pipeline: str,
+    contender: Contender,
+    *,
+    over: Contender | None,
+    who: str,
+    why: tuple[str, ...],
+    forced: bool = False,
+) -> Change:
+    """Make a run the champion in the place of ``over``, the one that it was compared with.
+
+    Raises:
+        ConfigError: another run has become the champion meanwhile.
+        ArtifactError: the file is damaged.
+    """
+
+    def change(known: History) -> Change:
+        present, expected = _id(known), over.run_id if over else None
+        if present != expected:
+            raise ConfigError(
+                f"run {contender.run_id} was compared with {expected or 'no champion'}, but the champion of "
+                f"{pipeline!r} is {present} now; compare again: rlhf champion promote {contender.run_id}"
+            )
+        return Change("forced" if forced else "promoted", contender, present, who, why)
+
+    return _change(home, pipeline, change)
 
 
+def roll_back(home: Path, pipeline: str, *, who: str, why: tuple[str, ...]) -> Change:
+    """Make the champion of before the present one the champion again; done twice, the one before that.
+
+    Raises:
+        ConfigError: there is none to go back to.
+        ArtifactError: the file is damaged.
+    """
+
+    def change(known: History) -> Change:
+        if not known.line:
+            raise ConfigError(f"pipeline {pipeline!r} has no champion{_others(home, pipeline)}")
+        if len(known.line) < 2:
+            raise ConfigError(
+                f"pipeline {pipeline!r} has had no champion before run {known.line[-1].run_id}; there is nothing to go "
+                "back to"
+            )
+        return Change("rolled back", known.line[-2], _id(known), who, why)
+
+    return _change(home, pipeline, change)
+
+
+def consider(home: Path, pipeline: str, verdict: Considered) -> None:
+    """Remember what the gate said of a candidate."""
+    with _locked(home, pipeline):
+        _write(home / "candidates" / f"{pipeline}.json", verdict)
+
+
+def told(home: Path, pipeline: str, *, changes: int | None = None, candidate: str | None = None) -> None:
+    """Remember what the model registry knows: so many changes of the champion, the verdict on this run."""
+    with _locked(home, pipeline):
+        known, last = history(home, pipeline), considered(home, pipeline)
+        if changes is not None:
+            _write(home / "champions" / f"{pipeline}.json", replace(known, told=changes))
+        if last is not None and last.candidate.run_id == candidate:
+            _write(home / "candidates" / f"{pipeline}.json", replace(last, told=True))
+
+
+def person() -> str:
+    """Who is at it: ``RLHF_USER``, else the user of the system."""
+    try:
+        return os.environ.get(USER) or getpass.getuser()
+    except (KeyError, OSError):  # a container's user may have no name
+        return f"user {os.getuid()}"
+
+
+# -------------------------------------------------------------------------------------------------------- what is new
 def news(store: Store, before: Contender | None, plans: list[StagePlan]) -> list[str]:
     """What a run by these plans would have that the contender's run had not, a line each; nothing for the same run."""
     if before is None:
@@ -127,5 +242,43 @@ def _not_inputs(ingredients: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in ingredients.items() if not name.startswith("input ")}
 
 
-def _path(home: Path, role: Role, pipeline: str) -> Path:
-    return home / role / f"{pipeline}.json"
+# --------------------------------------------------------------------------------------------------------------- files
+def _change(home: Path, pipeline: str, make: Callable[[History], Change]) -> Change:
+    """Add a change, made of what was before, while nobody else does."""
+    with _locked(home, pipeline):
+        known = history(home, pipeline)
+        change = make(known)
+        _write(home / "champions" / f"{pipeline}.json", replace(known, changes=(*known.changes, change)))
+    return change
+
+
+def _locked(home: Path, pipeline: str) -> Any:
+    return locked(home / "locks" / f"champion-{pipeline}.lock")
+
+
+def _id(known: History) -> str | None:
+    return known.last.champion.run_id if known.last else None
+
+
+def _others(home: Path, pipeline: str) -> str:
+    others = [name for name in pipelines(home) if name != pipeline and history(home, name).last]
+    return f"; pipelines that have one: {', '.join(others)}" if others else ""
+
+
+def _read(path: Path, make: Callable[[Any], T]) -> T | None:
+    try:
+        return make(json.loads(path.read_text("utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        raise ArtifactError(
+            f"{path} is damaged, or of another version ({error!r}); delete it, and the next run has nothing to beat"
+        ) from None
+
+
+def _write(path: Path, content: History | Considered) -> None:
+    """Replace a file in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary.write_text(json.dumps(asdict(content), indent=1), "utf-8")
+    os.replace(temporary, path)

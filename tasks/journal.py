@@ -16,6 +16,7 @@ it was (``t``, milliseconds since 1970) and can be carried out any number of tim
 | table    | path, destination                            | a Parquet file, and a table that the UI shows          |
 | dataset  | name, digest, source, context, rows          | a dataset input                                        |
 | model    | name, path, digest, kind                     | a logged model that loads back; one for each digest    |
+| register | the same; registered, about, note, tags      | a version of a registered model; one for each digest   |
 | end      | status                                       | the end of the run                                     |
 """
 
@@ -215,6 +216,36 @@ class RunJournal:
         ``kind`` is what it is for, such as ``policy`` or ``reward``.
         """
         self._write("model", run=run, name=name, path=str(path.resolve()), digest=digest, kind=kind)
+
+    def register(
+        self,
+        run: str,
+        registered: str,
+        *,
+        name: str,
+        path: Path,
+        digest: str,
+        kind: str,
+        about: str,
+        note: str,
+        tags: Mapping[str, object],
+    ) -> None:
+        """Make a model that was logged by :meth:`model` a version of a registered one, as the last candidate.
+
+        Args:
+            run: the run that has logged it.
+            registered: name of the registered model, which is made with the description ``about`` if need be.
+            name: this, ``path``, ``digest`` and ``kind`` are as in :meth:`model`.
+            path: of the model.
+            digest: of its content; a version with the same one is found instead of made.
+            kind: what it is for.
+            about: what the registered model is, in Markdown.
+            note: what this version is, in Markdown.
+            tags: of the version.
+        """
+        model = {"name": name, "path": str(path.resolve()), "digest": digest, "kind": kind}
+        more: dict[str, Any] = {"tags": _texts({**tags, "rlhf.run_id": self.directory.name}), **model}
+        self._write("register", run=run, registered=registered, about=about, note=note, **more)
 
     # Its lifetime
 

@@ -8,13 +8,21 @@ from __future__ import annotations
 import json
 import tempfile
 import warnings
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tasks.mlflow_server import error_code
+from tasks.mlflow_server import tags as tags_of
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import LoggedModel
+    from mlflow.entities.model_registry import ModelVersion
+
+CANDIDATE = "candidate"  # alias of the version of the last finished run
+ABSENT = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # what MLflow says of a name or alias that is not there
 
 TABLE_ROWS = 1000  # of a table that the UI shows; the Parquet file beside it has them all
 SERVING = Path(__file__).with_name("serving.py")
@@ -144,3 +152,77 @@ def _send_model(client: MlflowClient, model: LoggedModel, path: Path, scratch: P
         )
         client.log_model_artifacts(model.model_id, target)
     client.finalize_logged_model(model.model_id, "READY")
+
+
+def register(
+    client: MlflowClient,
+    run_id: str,
+    *,
+    registered: str,
+    about: str,
+    name: str,
+    path: Path,
+    digest: str,
+    kind: str,
+    note: str,
+    tags: Mapping[str, str],
+    scratch: Path | None = None,
+) -> str:
+    """Make the model with this digest a version of a registered model, unless it is one; alias ``candidate``.
+
+    Args:
+        client: of the server.
+        run_id: the MLflow run that the model is an output of.
+        registered: name of the registered model; made if need be, with the description ``about``.
+        about: what the registered model is, in Markdown.
+        name: this, ``path``, ``digest``, ``kind`` and ``scratch`` are as in :func:`log_model`.
+        path: of the model's directory.
+        digest: of its content.
+        kind: what it is for.
+        note: description of the version, in Markdown.
+        tags: of the version; ``rlhf.run_id`` is the id of the pipeline run, which sorts by time.
+        scratch: where a copy of it has room for a while.
+
+    Returns:
+        The number of the version.
+    """
+    model_id = log_model(client, run_id, name, path, digest, kind, scratch)
+    _make_registered_model(client, registered, about)
+    found = version_of(client, registered, digest)
+    if found is None:
+        source = client.get_logged_model(model_id).artifact_location
+        every = tags_of({**tags, "rlhf.digest": digest})
+        found = client.create_model_version(registered, source, run_id, every, description=note, model_id=model_id)
+    _make_candidate(client, registered, found, tags["rlhf.run_id"])
+    return str(found.version)
+
+
+def _make_registered_model(client: MlflowClient, name: str, about: str) -> None:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_registered_model(name)
+    except MlflowException as error:
+        if error_code(error) not in ABSENT:
+            raise
+        try:
+            client.create_registered_model(name, description=about)
+        except MlflowException as other:
+            if error_code(other) != "RESOURCE_ALREADY_EXISTS":  # another run may have made it meanwhile
+                raise
+
+
+def _make_candidate(client: MlflowClient, name: str, made: ModelVersion, run_id: str) -> None:
+    """Give the version the alias, unless that of a later run has it: journals may come late."""
+    number = client.get_registered_model(name).aliases.get(CANDIDATE)
+    holder = client.get_model_version(name, number).tags if number is not None else {}
+    last = max(run_id, made.tags.get("rlhf.last_run_id", ""))
+    client.set_model_version_tag(name, made.version, "rlhf.last_run_id", last)
+    if run_id >= holder.get("rlhf.last_run_id", ""):
+        client.set_registered_model_alias(name, CANDIDATE, made.version)
+
+
+def version_of(client: MlflowClient, name: str, digest: str) -> ModelVersion | None:
+    """The version with this digest, the first one if a request was carried out twice."""
+    found = client.search_model_versions(f"name = '{name}' and tags.`rlhf.digest` = '{digest}'")
+    return min(found, key=lambda one: int(one.version), default=None)

@@ -34,7 +34,7 @@ SHIPPED, SHIP_LOCK = "shipped.json", "ship.lock"
 BATCH = 1000  # most metrics in one request that MLflow takes
 PARAMS_BATCH = 100  # and most parameters
 
-_BULK = frozenset({"artifact", "table", "dataset", "model"})
+_BULK = frozenset({"artifact", "table", "dataset", "model", "register"})
 
 
 class BusyError(RuntimeError):
@@ -312,6 +312,8 @@ class Replay:
                 mlflow_files.log_dataset(self._client, run_id, **fields)
             case "model":
                 mlflow_files.log_model(self._client, run_id, **fields, scratch=self._directory)
+            case "register":
+                mlflow_files.register(self._client, run_id, **fields, scratch=self._directory)
 
     def _find_runs(self, run_id: str, stage: str | None = None) -> list[Run]:
         """The MLflow runs of a pipeline run by their tags, oldest first."""

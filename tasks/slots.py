@@ -9,11 +9,12 @@ The lock comes first, so that on one machine only as many ask the server as ther
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import copy_context
 from pathlib import Path
 from uuid import UUID
@@ -22,6 +23,7 @@ import httpx
 from prefect import runtime
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import ConcurrencyLeaseHolder
+from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
 from rlhf.config import PipelineConfig
@@ -45,15 +47,29 @@ def takes_slot(stage: str, config: PipelineConfig) -> bool:
 @contextmanager
 def slot(run: Run, stage: str) -> Iterator[None]:
     """Hold a slot while a stage computes; wait for one as long as it takes. Nothing for a stage that needs none."""
-    name, slots = run.config.resources.slot, run.config.resources.slots
-    if not name or not takes_slot(stage, run.config):
+    with slot_of(run.config, run.store.home) if takes_slot(stage, run.config) else nullcontext():
+        yield
+
+
+@contextmanager
+def slot_of(config: PipelineConfig, home: Path, *, leased: bool = True) -> Iterator[None]:
+    """Hold a slot while models compute outside of a stage.
+
+    Args:
+        config: says which slot, if any.
+        home: the folder of all state.
+        leased: whether there is a Prefect server, which counts over all machines; without, this machine alone does.
+    """
+    name, slots = config.resources.slot, config.resources.slots
+    if not name:
         yield
         return
+    leased = leased and not is_private()
     with ExitStack() as held:
-        if not is_private():
+        if leased:
             patiently(lambda: make_limit(name, slots))
-        held.callback(unlock, _lock_one(run.store.home / "locks", name, slots))
-        if not is_private():
+        held.callback(unlock, _lock_one(home / "locks", name, slots))
+        if leased:
             held.callback(Lease(name).give_back)
         yield
 
@@ -85,7 +101,7 @@ class Lease:
         try:
             patiently(self._release, within=GIVE_BACK_SECONDS)
         except Exception as error:  # which is no reason for the stage to fail
-            get_run_logger().warning("the slot %r is free in %.0f s: %s", self._name, LEASE_SECONDS, error)
+            _log().warning("the slot %r is free in %.0f s: %s", self._name, LEASE_SECONDS, error)
 
     def _ask(self) -> UUID | None:
         """A lease, or None while all slots are taken."""
@@ -113,7 +129,7 @@ class Lease:
                 quickly(self._renew)
             except Exception as error:
                 if not is_away(error):
-                    get_run_logger().warning("the slot %r cannot be kept: %s", self._name, error)
+                    _log().warning("the slot %r cannot be kept: %s", self._name, error)
 
     def _renew(self) -> None:
         """Renew the lease; if it has run out while the server was away, take another, unless someone else has."""
@@ -125,7 +141,7 @@ class Lease:
                 raise
             lease = self._ask()
             if lease is None:
-                get_run_logger().warning("the slot %r was lost while Prefect's server was away", self._name)
+                _log().warning("the slot %r was lost while Prefect's server was away", self._name)
             else:
                 self._id = lease
 
@@ -139,6 +155,14 @@ def _lock_one(folder: Path, name: str, slots: int) -> int:
             if descriptor is not None:
                 return descriptor
         if not said:
-            get_run_logger().info("waiting for one of %d slots %r, which other runs hold", slots, name)
+            _log().info("waiting for one of %d slots %r, which other runs hold", slots, name)
             said = True
         time.sleep(POLL_SECONDS)
+
+
+def _log() -> logging.Logger | logging.LoggerAdapter[logging.Logger]:
+    """Prefect's log of the run; an ordinary one outside of a run."""
+    try:
+        return get_run_logger()
+    except MissingContextError:
+        return logging.getLogger(__name__)

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.artifacts import JOURNAL, Manifest
+from rlhf.champion import Contender, registered_names
 from rlhf.config import PipelineConfig
 from rlhf.schema import written
 from rlhf.settings import dump
+from rlhf.stages import enabled_stages
+from tasks import descriptions
 from tasks.journal import PARENT
 from tasks.run import Run
 
@@ -37,7 +40,7 @@ def begin(run: Run, note: str = "") -> None:
         experiment=run.config.tracking.experiment,
         params={name: _value(run.config, name) for name in PARAMS},
         tags={"rlhf.kind": "pipeline", "rlhf.pipeline": run.config.name},
-        note=note,
+        note=descriptions.of_run(run.config, link=note),
         columns=COLUMNS,
     )
     run.journal.text(PARENT, "config.yaml", dump(run.config))
@@ -94,3 +97,33 @@ def _value(config: PipelineConfig, name: str) -> Any:
     for part in name.split("."):
         value = getattr(value, part)
     return written(value)
+
+
+def finish(run: Run, note: str = "") -> None:
+    """Say what a run came to, and offer its models as candidates.
+
+    Nothing of a run that did not see all stages of its configuration, or has no evaluation.
+    """
+    if {*run.manifests} != {*enabled_stages(run.config)} or "evaluate" not in run.manifests:
+        return
+    metrics = {name: value for manifest in run.manifests.values() for name, value in manifest.metrics.items()}
+    run.journal.tags(PARENT, {"mlflow.note.content": descriptions.of_run(run.config, metrics, note)})
+    contender = Contender(run.id, {stage: manifest.key for stage, manifest in run.manifests.items()})
+    for stage, registered in registered_names(run.config.name, contender).items():
+        manifest = run.manifests[stage]
+        run.journal.register(
+            stage,
+            registered,
+            name=f"{stage}-model",
+            path=run.directory(stage) / "model",
+            digest=manifest.parts["model"],
+            kind=stage,
+            about=descriptions.of_registered(run.config, stage),
+            note=descriptions.of_version(run.config, run.id, registered, stage, metrics),
+            tags={
+                "rlhf.pipeline": run.config.name,
+                "rlhf.stage": stage,
+                "rlhf.key": manifest.key,
+                **descriptions.figures(stage, metrics),
+            },
+        )

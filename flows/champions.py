@@ -1,0 +1,323 @@
+"""``rlhf champion``: who is in use and why, the gate, and the way back; and the decision itself, for retraining too."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from flows.summary import print_table
+from rlhf import champion
+from rlhf.artifacts import Store
+from rlhf.champion import Considered, Contender
+from rlhf.config import PipelineConfig
+from rlhf.errors import ConfigError
+from rlhf.explain import did_you_mean
+from rlhf.runs import RunRecord, read_runs
+from rlhf.stages import enabled_stages
+from rlhf.stores import open_store
+from tasks import registry
+from tasks.mlflow_server import tracking_uri
+
+if TYPE_CHECKING:
+    from rlhf.gate import Verdict
+
+ABOUT = (
+    "Show the champions, why they are that and since when; let the gate decide about a run (promote: exit code 1 if it "
+    "refuses); or go back to the champion before (rollback)."
+)
+USAGE = """rlhf champion [PIPELINE ...]
+       rlhf champion promote [RUN|PIPELINE] [--force --why TEXT]
+       rlhf champion rollback PIPELINE [--why TEXT]"""
+REFUSED = 1  # exit code
+Reasons = tuple[str, ...]
+
+
+# -------------------------------------------------------------------------------------------------------- the decision
+class Answer(NamedTuple):
+    """What a person said of a candidate that the gate would promote."""
+
+    approved: bool
+    who: str
+    why: str
+
+
+class Decision(NamedTuple):
+    """What became of a candidate. ``verdict`` is None where it has the champion's policy: nothing was to be decided."""
+
+    candidate: Contender
+    champion: Contender | None  # the one that it was compared with
+    verdict: Verdict | None
+    promoted: bool
+    reasons: Reasons
+
+
+def decide(
+    store: Store,
+    config: PipelineConfig,
+    candidate: Contender,
+    *,
+    who: str,
+    why: Reasons = (),
+    ask: Callable[[Verdict], Answer] | None = None,
+    turn: AbstractContextManager[Any] | None = None,
+) -> Decision:
+    """Let the gate decide whether a finished run becomes the champion of now; record it, and tell MLflow.
+
+    Args:
+        store: has the artifacts of both.
+        config: of the candidate's run.
+        candidate: the run.
+        who: whose decision it is, where nobody is asked.
+        why: what is to be kept beside the gate's reasons.
+        ask: asks a person, before what the gate would promote is promoted.
+        turn: is held while models compute.
+
+    Raises:
+        ConfigError: another run has become the champion while a person was asked.
+        ArtifactError: artifacts of the candidate are gone or damaged, or a file of the champions is.
+    """
+    from rlhf import contest, gate  # here, as torch comes with it
+
+    holder = champion.champion(store.home, config.name)
+    with turn or nullcontext():
+        figures = contest.hold(config, store, candidate, holder)
+    if figures is None:
+        assert holder is not None
+        same = f"the policy of run {candidate.run_id} is that of the champion, run {holder.run_id}: nothing to decide"
+        decision = Decision(candidate, holder, None, False, (same,))
+    else:
+        verdict = gate.judged(figures, config.promotion)
+        decision = Decision(candidate, holder, verdict, verdict.promote, (*why, *verdict.reasons))
+        if decision.promoted and ask is not None:
+            answer = ask(verdict)
+            who, words = answer.who, (answer.why,) if answer.why else ()
+            decision = decision._replace(promoted=answer.approved, reasons=(*words, *decision.reasons))
+    if decision.promoted:
+        champion.promote(store.home, config.name, candidate, over=holder, who=who, why=decision.reasons)
+    champion.consider(store.home, config.name, Considered(candidate, decision.promoted, decision.reasons))
+    tell(store.home, config)
+    return decision
+
+
+def tell(home: Path, config: PipelineConfig) -> bool:
+    """Tell MLflow what it does not know of a pipeline's champions; whether it knows all now."""
+    uri = tracking_uri(config.tracking.uri, home)
+    return not config.tracking.enabled or registry.tell(home, config.name, uri)
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command, but ``--home``, ``--store`` and ``--json``."""
+    parser.usage = USAGE
+    parser.add_argument("words", nargs="*", metavar="PIPELINE", help="pipelines to show; or promote, or rollback")
+    parser.add_argument("--force", action="store_true", help="promote without the gate; needs --why, and is recorded")
+    parser.add_argument("--why", metavar="TEXT", help="the reason, which is kept")
+
+
+def command(options: argparse.Namespace, console: Console) -> int:
+    """Run the command; the exit code.
+
+    Raises:
+        ConfigError: a word or option makes no sense here, or there is no such run, pipeline or champion.
+    """
+    store = open_store(options.home)
+    match options.words:
+        case ["promote", *rest] if len(rest) < 2:
+            return _promote(store, rest[0] if rest else None, options, console)
+        case ["rollback", pipeline]:
+            return _roll_back(store, pipeline, options, console)
+        case ["rollback" | "promote", *_]:
+            raise ConfigError(f"rlhf champion {' '.join(options.words)}: expected\n       {USAGE}")
+        case pipelines if options.force or options.why:
+            raise ConfigError(f"--force and --why are for promote and rollback, not for {pipelines or 'showing'}")
+        case pipelines:
+            return _show(store, pipelines, options, console)
+
+
+def _promote(store: Store, word: str | None, options: argparse.Namespace, console: Console) -> int:
+    if options.force and not options.why:
+        raise ConfigError("--force goes past the gate, so it needs --why TEXT, which is kept with your name")
+    record = _finished(store.home, word)
+    config = _config(record)
+    candidate = Contender(record.id, {stage: row["key"] for stage, row in record.stages.items()})
+    why = (options.why,) if options.why else ()
+    who = champion.person()
+    if options.force:
+        decision = _forced(store, config, candidate, who, why)
+    else:
+        from tasks.slots import slot_of  # here, as Prefect comes with it
+
+        turn = slot_of(config, store.home, leased="PREFECT_API_URL" in os.environ)
+        decision = decide(store, config, candidate, who=who, why=why, turn=turn)
+    if options.json:
+        print(json.dumps(_as_json(decision), indent=1))
+    else:
+        _print(config.name, decision, console)
+    return REFUSED if decision.verdict is not None and not decision.promoted else 0
+
+
+def _forced(store: Store, config: PipelineConfig, candidate: Contender, who: str, why: Reasons) -> Decision:
+    holder = champion.champion(store.home, config.name)
+    if candidate.policy is None:
+        raise ConfigError(f"run {candidate.run_id} has no trained policy that could be the champion")
+    if holder is not None and holder.run_id == candidate.run_id:
+        raise ConfigError(f"run {candidate.run_id} is the champion of {config.name!r} already")
+    store.open(*candidate.policy)
+    champion.promote(store.home, config.name, candidate, over=holder, who=who, why=why, forced=True)
+    tell(store.home, config)
+    return Decision(candidate, holder, None, True, why)
+
+
+def _roll_back(store: Store, pipeline: str, options: argparse.Namespace, console: Console) -> int:
+    if options.force:
+        raise ConfigError("--force is for promote; nothing keeps a rollback from being done")
+    line = champion.history(store.home, pipeline).line
+    if len(line) > 1 and line[-2].policy is not None:
+        store.open(*line[-2].policy)  # before anything changes: what is gone cannot be used
+    change = champion.roll_back(store.home, pipeline, who=champion.person(), why=(options.why,) if options.why else ())
+    _tell_later(store.home, pipeline)
+    if options.json:
+        print(json.dumps(asdict(change), indent=1))
+    else:
+        _say(console, f"{pipeline}: the champion is run {change.champion.run_id} again; it was {change.previous}")
+    return 0
+
+
+def _show(store: Store, pipelines: Sequence[str], options: argparse.Namespace, console: Console) -> int:
+    known = champion.pipelines(store.home)
+    for name in pipelines:
+        if name not in known:
+            raise ConfigError(f"pipeline {name!r} has no champion and no candidate yet{did_you_mean(name, known)}")
+    found = {name: _state(store.home, name) for name in pipelines or known}
+    for name in found:
+        _tell_later(store.home, name)
+    if options.json:
+        print(json.dumps(found, indent=1))
+        return 0
+    if not found:
+        _say(console, "No champion yet: `rlhf champion promote` lets the gate decide about the last finished run")
+    for name in found:
+        _show_one(store.home, name, console)
+    return 0
+
+
+def _state(home: Path, pipeline: str) -> dict[str, Any]:
+    known, last = champion.history(home, pipeline), champion.considered(home, pipeline)
+    return {
+        "champion": asdict(known.last) if known.last else None,
+        "before": [contender.run_id for contender in known.line[:-1]],
+        "changes": [asdict(change) for change in known.changes],
+        "candidate": asdict(last) if last else None,
+    }
+
+
+def _show_one(home: Path, pipeline: str, console: Console) -> None:
+    known, last = champion.history(home, pipeline), champion.considered(home, pipeline)
+    console.print(f"\n{pipeline}", style="bold", markup=False, highlight=False)
+    if known.last is not None:
+        change = known.last
+        _say(console, f"  champion   {change.champion.run_id}, {change.event} by {change.who} on {_date(change.when)}")
+        for line in change.why:
+            _say(console, f"             {line}")
+        before = [contender.run_id for contender in known.line[-2:-1]]
+        back = f"; rlhf champion rollback {pipeline} goes back to {before[0]}" if before else ""
+        _say(console, f"  before     {change.previous or 'none'}{back}")
+    if last is not None and (known.last is None or last.candidate != known.last.champion):
+        became = "promoted" if last.promoted else "refused"
+        _say(console, f"  candidate  {last.candidate.run_id}, {became} on {_date(last.when)}")
+        for line in last.why:
+            _say(console, f"             {line}")
+
+
+def _print(pipeline: str, decision: Decision, console: Console) -> None:
+    if decision.verdict is not None:
+        rows = [("passed" if one.passed else "FAILED", one.name, one.sentence) for one in decision.verdict.conditions]
+        print_table(("", "condition", ""), rows, console)
+        for note in decision.verdict.notes:
+            _say(console, f"Note: {note}")
+    run_id, holder = decision.candidate.run_id, decision.champion
+    if decision.promoted:
+        _say(console, f"{pipeline}: run {run_id} is the champion now; it was {holder.run_id if holder else 'none'}")
+    elif decision.verdict is None:
+        _say(console, f"{pipeline}: {decision.reasons[0]}")
+    else:
+        stays = f"run {holder.run_id} stays the champion" if holder else "there is no champion yet"
+        _say(console, f"{pipeline}: run {run_id} is refused, and {stays}; `--force --why TEXT` goes past the gate")
+
+
+def _as_json(decision: Decision) -> dict[str, Any]:
+    from rlhf.intervals import without_nan
+
+    verdict = decision.verdict
+    found: dict[str, Any] = without_nan({
+        "run": decision.candidate.run_id,
+        "champion": decision.champion.run_id if decision.champion else None,
+        "promoted": decision.promoted,
+        "conditions": [one._asdict() for one in verdict.conditions] if verdict else [],
+        "notes": list(verdict.notes) if verdict else [],
+        "reasons": list(decision.reasons),
+    })  # fmt: skip
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ the runs
+def _finished(home: Path, word: str | None) -> RunRecord:
+    """The run of an id, or the last finished one of a pipeline, or of all.
+
+    Raises:
+        ConfigError: there is none, or it did not come to its evaluation.
+    """
+    runs = read_runs(home)
+    done = [run for run in runs if run.status == "done" and "evaluate" in run.stages]
+    named = [run for run in runs if run.id == word]
+    if named and named[0] not in done:
+        raise ConfigError(
+            f"run {word!r} is {named[0].status}, with the stages {', '.join(named[0].stages) or 'none'}; the champion "
+            "must be a finished run with an evaluation"
+        )
+    found = [run for run in done if word in (None, run.id, run.pipeline)]
+    if not found:
+        known = [name for run in done for name in (run.id, run.pipeline)]
+        raise ConfigError(
+            f"there is no finished run{f' or pipeline {word!r}' if word else ''} with an evaluation in {home / 'runs'}"
+            f"{did_you_mean(word, known) if word else ''}; `rlhf runs` lists them"
+        )
+    return found[-1]
+
+
+def _config(record: RunRecord) -> PipelineConfig:
+    try:
+        config = PipelineConfig.model_validate(record.config)
+    except ValidationError as error:
+        raise ConfigError(f"run {record.id!r}: its configuration is one of another version: {error}") from None
+    if missing := [stage for stage in enabled_stages(config) if stage not in record.stages]:
+        raise ConfigError(f"run {record.id!r} did not see {', '.join(missing)}, so that it is not finished")
+    return config
+
+
+def _tell_later(home: Path, pipeline: str) -> None:
+    """Tell MLflow what it does not know, where the last run of this pipeline would."""
+    if registry.is_told(home, pipeline):
+        return
+    records = [run for run in read_runs(home) if run.pipeline == pipeline]
+    tracking = records[-1].config.get("tracking", {}) if records else {}
+    if tracking.get("enabled", True):
+        registry.tell(home, pipeline, tracking_uri(tracking.get("uri"), home))
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _date(when: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(when))
