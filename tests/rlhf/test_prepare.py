@@ -111,14 +111,14 @@ def test_prompts_of_the_demonstrations(project: Path, tmp_path: Path) -> None:
     prompts = made.rows("prompts")
     assert sorted(row["prompt"] for row in prompts) == sorted({row["prompt"] for row in rows})
     for row in prompts:
-        assert row.keys() == {"prompt", "reference", "n"}
+        assert row.keys() == {"prompt", "reference", "references", "n"}
         assert (row["prompt"], row["reference"]) == (f"p{row['n'] // 2}", f"r{row['n']}")
     assert made.report["prompts"]["lost"]["duplicate"] == ROWS // 2
     for split in SPLITS:  # in the order of the demonstrations, with the first response to each prompt
-        first: dict[str, str] = {}
+        of: dict[str, list[str]] = {}
         for row in made.rows("demonstrations", split):
-            first.setdefault(row["prompt"], row["response"])
-        assert [(row["prompt"], row["reference"]) for row in made.rows("prompts", split)] == list(first.items())
+            of.setdefault(row["prompt"], []).append(row["response"])
+        assert [(row["prompt"], row["references"]) for row in made.rows("prompts", split)] == list(of.items())
 
 
 def test_only_preferences(project: Path, tmp_path: Path) -> None:
