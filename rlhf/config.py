@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 from pydantic import Field, create_model, model_validator
 
 from rlhf.data.settings import KINDS, Data
-from rlhf.labels import LABELS
+from rlhf.labels import COMPONENT, LABELS
 from rlhf.ppo import settings as ppo_settings
 from rlhf.promotion import Promotion as Promotion
 from rlhf.promotion import conflict as judge_conflict
@@ -308,6 +308,11 @@ class Evaluate(OptionalStage):
             raise ValueError(
                 f"scorers: {name!r} is a metric that every evaluation has ({LABELS[name].name}); choose another name, "
                 f"such as `my_{name}: {{function: ...}}`"
+            )
+        for name in filter(lambda name: name.startswith(COMPONENT), self.scorers):
+            raise ValueError(
+                f"scorers: {name!r} begins with `{COMPONENT}`, as the rewards of PPO do among the metrics; choose "
+                "another name"
             )
         for name, function in self.judges.items():
             if name in self.scorers or name in LABELS:

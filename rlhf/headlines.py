@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from rlhf.labels import LABELS
+from rlhf.labels import COMPONENT, LABELS
 
 POLICIES = ("base", "sft", "ppo", "reference")
+BESIDE = ("_low", "_high", "_stderr")  # ends the names of what stands beside a figure
+SURE = 0.05  # a p-value below this is no accident
 # The metrics of the table, in its order, after the scorers of the configuration; others are in the report.
 ROWS = {
+    "held_out": "held-out reward",
     "reward": "reward",
     "rougeL": "ROUGE-L",
     "rouge1": "ROUGE-1",
     "bleu": "BLEU",
     "meteor": "METEOR",
+    "perplexity": "perplexity",
     "length_tokens": "length (tokens)",
     "kl": "KL to {reference} (nats)",
 }
@@ -37,7 +41,11 @@ def figures(metrics: Mapping[str, float], separator: str = " ") -> Table:
     policies = _evaluated(metrics)
     reference = "SFT" if "sft" in policies else "BASE"
     measured = {name: None for policy in policies for name in _measured(metrics, policy)}
-    scorers = {name: f"{name.replace('_', ' ')} score" for name in measured if name not in LABELS}
+    scorers = {
+        name: f"{name.replace('_', ' ')} score"
+        for name in measured
+        if name not in LABELS and not name.startswith(COMPONENT)
+    }
     rows = [
         (
             label.format(reference=reference),
@@ -57,22 +65,69 @@ def _evaluated(metrics: Mapping[str, float]) -> list[str]:
 def _measured(metrics: Mapping[str, float], policy: str) -> list[str]:
     """What was measured of a policy, without the bounds of intervals."""
     names = [key.removeprefix(f"evaluate/{policy}/") for key in metrics if key.startswith(f"evaluate/{policy}/")]
-    bounds = {f"{name}{end}" for name in names for end in ("_low", "_high")}
+    bounds = {f"{name}{end}" for name in names for end in BESIDE}
     return [name for name in names if name not in bounds]
 
 
 def sentences(metrics: Mapping[str, float]) -> list[str]:
-    """How good the reward model is, and how often the last policy wins, a line each."""
-    lines = []
-    if "reward/test_accuracy" in metrics:
-        lines.append(f"Reward model: {value(metrics, 'reward/test_accuracy')} of held-out pairs ordered rightly")
+    """How good the reward models are, whether the last policy is better, and whether it is over-optimised."""
+    lines = [
+        f"{name}: {value(metrics, key)} of held-out pairs ordered rightly"
+        for name, key in (
+            ("Reward model", "reward/test_accuracy"),
+            ("Held-out reward model", "reward/held_out/test_accuracy"),
+        )
+        if key in metrics
+    ]
     policies = [name.upper() for name in _evaluated(metrics) if name != "reference"]
     for kind, other in (("win_rate", policies[-2:-1]), ("win_rate_against_references", ["the references"])):
-        wins = (key for key in metrics if key.startswith(f"evaluate/{kind}/") and not key.endswith(("_low", "_high")))
-        for key in sorted(wins):
-            names = f"{policies[-1]} against {other[0]}"
-            lines.append(f"{names}, win rate by {key.rpartition('/')[2]}: {value(metrics, key)}")
+        lines += [
+            f"{policies[-1]} against {other[0]} by {_score(name)}: {_wins(metrics, kind, name)}"
+            for name in _judging(metrics, kind)
+        ]
+    fell = [name for name in _names(metrics, "ppo/overoptimised/") if metrics[f"ppo/overoptimised/{name}"]]
+    if fell:
+        lines.append(
+            f"Over-optimised: the reward of PPO rose while {' and '.join(map(_score, fell))} fell; "
+            "see the report, and raise ppo.kl_coef or make fewer updates"
+        )
     return lines
+
+
+def _names(metrics: Mapping[str, float], prefix: str) -> list[str]:
+    found = {key.removeprefix(prefix) for key in metrics if key.startswith(prefix)}
+    return sorted(found - {f"{name}{end}" for name in found for end in BESIDE})
+
+
+def _judging(metrics: Mapping[str, float], kind: str) -> list[str]:
+    """The scores and judges that have win rates; last the reward, which training raises whatever else it does."""
+    return sorted(_names(metrics, f"evaluate/{kind}/"), key=lambda name: (name == "reward", name != "held_out", name))
+
+
+def _score(name: str) -> str:
+    return {"held_out": "held-out reward"}.get(name, name.replace("_", " "))
+
+
+def _wins(metrics: Mapping[str, float], kind: str, name: str) -> str:
+    """A win rate; of the main comparison also what it means, and what it would be at equal length."""
+    rate = f"win rate {value(metrics, f'evaluate/{kind}/{name}')}"
+    if kind != "win_rate":
+        return rate
+    even = f"evaluate/win_rate_length_controlled/{name}"
+    words = [_verdict(metrics, name), rate, f"{_number(metrics[even], 2)} at equal length" if even in metrics else ""]
+    return ", ".join(filter(None, words))
+
+
+def _verdict(metrics: Mapping[str, float], name: str) -> str:
+    """What the paired test of scores says, or the interval of a judge's win rate; nothing where there is neither."""
+    p, difference = metrics.get(f"evaluate/p_value/{name}"), metrics.get(f"evaluate/difference/{name}")
+    if p is not None and difference is not None:
+        better, worse = (p < SURE and sign * difference > 0 for sign in (1, -1))
+    elif (low := metrics.get(f"evaluate/win_rate/{name}_low")) is not None:
+        better, worse = low > 0.5, metrics[f"evaluate/win_rate/{name}_high"] < 0.5
+    else:
+        return ""
+    return "surely better" if better else "surely worse" if worse else "no clear difference"
 
 
 def value(metrics: Mapping[str, float], key: str, separator: str = " ") -> str:

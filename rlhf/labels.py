@@ -13,6 +13,7 @@ class Label(NamedTuple):
     about: str
 
 
+COMPONENT = "reward_"  # begins the name of a reward of PPO, a function, that is no scorer of the configuration
 LABELS = {
     "reward": Label("Reward", 3, "Score of the reward model, which PPO was trained on unless configured otherwise."),
     "held_out": Label(
@@ -45,5 +46,10 @@ LABELS = {
 
 
 def label(metric: str) -> Label:
-    """The label of a metric; one that is not ours is a scorer of the user's."""
-    return LABELS.get(metric) or Label(metric.replace("_", " ").capitalize(), 3, "Scorer of the configuration.")
+    """The label of a metric; one that is not ours is a function of the configuration."""
+    if metric in LABELS:
+        return LABELS[metric]
+    if metric.startswith(COMPONENT):
+        name = metric.removeprefix(COMPONENT).replace("_", " ")
+        return Label(f"Reward: {name}", 3, "One of the rewards that PPO was trained on, before its weight.")
+    return Label(metric.replace("_", " ").capitalize(), 3, "Scorer of the configuration.")

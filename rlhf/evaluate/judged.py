@@ -13,10 +13,10 @@ from rlhf.context import Context
 from rlhf.evaluate.answers import Answers, HeldOut, size
 from rlhf.intervals import Floats
 from rlhf.judge.judges import ByComparison, Judged
+from rlhf.labels import COMPONENT
 from rlhf.metrics import TextScores
 from rlhf.rewards.registry import labels
 
-COMPONENT = "reward_"  # begins the name of a reward that PPO was trained on
 REWARD_MODELS = {"reward": "reward/model", "held_out": "reward/held_out"}
 
 
