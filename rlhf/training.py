@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, TrainerState, TrainingArguments, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging as hf_logging
 
 from rlhf import allocator, checkpoints, disk, processes
@@ -265,9 +266,22 @@ def train(
     if processes.index():  # processes drop out different activations; adapters and heads are those of process 0 anyway
         seed_everything(context.config.seed + processes.index())
     with quiet():
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        if not _taken_up_whole(trainer, checkpoint):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if (step := trainer.state.global_step) < trainer.state.max_steps:
         raise StoppedError(f"{context.stage}: ended after step {step} of {trainer.state.max_steps}, as asked")
+
+
+def _taken_up_whole(trainer: Trainer, checkpoint: Path | None) -> bool:
+    """Load the checkpoint of a last step; whether it is one. In mid-epoch, a Trainer would train on from there."""
+    if checkpoint is None:
+        return False
+    state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    if state.global_step < state.max_steps:
+        return False
+    trainer._load_from_checkpoint(str(checkpoint))
+    trainer.state = state
+    return True
 
 
 def _check_room(model: torch.nn.Module, context: Context, trainings: int) -> None:

@@ -85,7 +85,7 @@ def run(context: Context) -> dict[str, float]:
     finals |= {name: getattr(first.model.config, name) for name in ("score_mean", "score_std")}
     finals |= _measured(context, first.model, train, pairs, ratings, scored[0])
     if section.held_out:
-        finals |= second.finals(*scored, config.seed)
+        finals |= second.finals(scored[0], scored[1], config.seed)
     return {f"reward/{name}": value for name, value in finals.items()}
 
 

@@ -85,7 +85,10 @@ class Toy:
         data: Mapping[str, Any] | None = None,
         **more: Any,
     ) -> Context:
-        """One attempt at a stage; attempts of the same ``run`` share checkpoints and journal."""
+        """One attempt at a stage; attempts of the same ``run`` share checkpoints and journal.
+
+        The reward stage trains one model unless ``reward`` says otherwise.
+        """
         sections: dict[str, Any] = {
             "seed": 3,
             "data": {"demonstrations": "x.jsonl", "preferences": "x.jsonl", "ratings": "x.jsonl"}
@@ -96,7 +99,8 @@ class Toy:
             "ppo": {"max_new_tokens": 8},
             "evaluate": {"max_new_tokens": 8},
         }
-        sections |= {stage: SMALL | more.pop(stage, {})}
+        one_model = {"held_out": False} if stage == "reward" else {}
+        sections |= {stage: SMALL | one_model | more.pop(stage, {})}
         for name, values in more.items():
             sections[name] = {**sections.get(name, {}), **values} if isinstance(values, Mapping) else values
         place = self.directory / run

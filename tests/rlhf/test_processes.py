@@ -120,7 +120,7 @@ def ratings() -> dict[str, list[Any]]:
     [
         # Four rankings in a batch, one in the last. Without `center`, only rounding decides on the level of scores,
         # and AdamW makes whole steps of it.
-        ({"preferences": rankings()}, {"batch_size": 12, "center": 0.1}),
+        ({"preferences": rankings()}, {"batch_size": 12, "center": 0.1, "held_out": True}),
         ({"ratings": ratings()}, {"batch_size": 14, "objective": "regression"}),
     ],
 )
@@ -132,6 +132,10 @@ def test_reward(columns: Mapping[str, Any], section: dict[str, Any], odd: Any) -
             pq.write_table(pa.table(table), path)
     contexts = [odd.context("reward", run=name, reward=STEADY | section) for name in ("one", "two")]
     assert_same(*contexts, [in_one(contexts[0]), in_two(contexts[1])])
+    if "held_out" in section:
+        second = [load_file(context.out / "held_out/model.safetensors") for context in contexts]
+        assert max((second[0][name] - second[1][name]).abs().max().item() for name in second[0]) < 1e-5
+        assert any(not torch.equal(second[0][name], weight) for name, weight in weights(contexts[0]).items())
     name = "scores.parquet" if "preferences" in columns else "ratings.parquet"
     a, b = (pq.read_table(context.out / name).drop(["split"]).to_pydict() for context in contexts)
     assert a.keys() == b.keys()
