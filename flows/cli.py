@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from flows import cache, champions, compare, generate, reports, summary, up
+from flows import cache, champions, compare, generate, reports, sheets, summary, up
 from rlhf import headlines
 from rlhf.artifacts import Store
 from rlhf.config import PipelineConfig
@@ -308,6 +308,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_compare_arguments(add("compare", compare.compare, compare.ABOUT_COMPARE, as_json))
     reports.add_arguments(add("report", reports.report, reports.ABOUT, as_json))
     champions.add_arguments(add("champion", champions.command, champions.ABOUT, store, as_json))
+    sheets.add_arguments(add("sheet", sheets.sheet, sheets.ABOUT, store, as_json))
     up.add_arguments(add("up", up.up, up.ABOUT, store))
     deploy = add("deploy", _deploy, "Put deployments on the Prefect server of PREFECT_API_URL.", source)
     deploy.add_argument("--cron", help="when to look for something new and retrain, such as '0 3 * * *'")

@@ -176,14 +176,14 @@ class Store:
     def publish(self, out: Path, manifest: Manifest) -> Path:
         """Move a finished directory into the store by one rename; what was there goes to the trash first."""
         target = self.path(manifest.stage, manifest.key)
-        _write_json(out / MANIFEST, asdict(manifest))
+        write_json(out / MANIFEST, asdict(manifest))
         target.parent.mkdir(parents=True, exist_ok=True)
         trash = self.home / "trash" / uuid.uuid4().hex
         if target.exists():
             trash.parent.mkdir(parents=True, exist_ok=True)
             target.rename(trash)
         out.rename(target)
-        _write_json(self._ledger_path(manifest.stage, manifest.key), asdict(manifest))
+        write_json(self._ledger_path(manifest.stage, manifest.key), asdict(manifest))
         shutil.rmtree(trash, ignore_errors=True)
         return target
 
@@ -287,13 +287,13 @@ class FileHashes:
         """Write what was learnt; failing to is no error, it only costs time later."""
         if self._changed:
             try:
-                _write_json(self._path, self._known)
+                write_json(self._path, self._known)
             except OSError:
                 return
             self._changed = False
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Write a JSON file so that it is there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
