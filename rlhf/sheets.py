@@ -58,9 +58,7 @@ class Key:
     baseline: str
     rows: tuple[Row, ...]
     identical: tuple[int, ...]
-    confidence: float
-    resamples: int
-    seed: int
+    confidence: float  # of the intervals of what people say
 
 
 class Sheet(NamedTuple):
@@ -115,10 +113,9 @@ def make(record: RunRecord, store: Store, policies: str | None = None, rows: int
         raise ConfigError(
             f"run {record.id}: {candidate} and {baseline} never differ in {len(chosen)} answers; choose others"
         )
-    settings = record.config.get("evaluate", {})
+    confidence = record.config.get("evaluate", {}).get("confidence", 0.95)
     identical = tuple(sorted(set(chosen) - {line.prompt_row for line in lines}))
-    sure = (settings.get("confidence", 0.95), settings.get("bootstrap", 1000), seed)
-    return Sheet(columns, Key(sheet, record.id, candidate, baseline, tuple(lines), identical, *sure))
+    return Sheet(columns, Key(sheet, record.id, candidate, baseline, tuple(lines), identical, confidence))
 
 
 def write(sheet: Sheet, out: Path, home: Path) -> Path:
