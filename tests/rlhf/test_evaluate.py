@@ -2,119 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tokenizers import ByteLevelBPETokenizer
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from rlhf import evaluate, report
-from rlhf.config import PipelineConfig
-from rlhf.context import Context
+from rlhf import evaluate
 from rlhf.errors import ConfigError, DataError, RewardError
-from rlhf.tracker import NullTracker
+from tests.rlhf.evaluated import PROMPTS, Ran, config, context, make_inputs, pairs_of, prepared, seen
 
-PROMPTS = 24
-WORDS = ["the", "gym", "is", "closed", "on", "monday", "because", "of", "a", "leak", "so", "please", "use", "noon"]
-SIZE = {"n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 64}
-seen: list[dict[str, Any]] = []
-
-
-def keyword(prompts: Sequence[str], responses: Sequence[str], word: Sequence[str], **columns: Any) -> list[float]:
-    """A scorer that wants a column of the rows."""
-    seen.append({"prompts": prompts, "responses": responses, "word": word, **columns})
-    return [float(response.count(one)) for response, one in zip(responses, word, strict=True)]
-
-
-def broken(prompts: Sequence[str], responses: Sequence[str], **columns: Any) -> list[float]:
-    return [math.nan] * len(prompts)
+HERE = "tests.rlhf.evaluated"
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Artifacts of all earlier stages; the policies are random, and PPO's is SFT's with some noise."""
-    root = tmp_path_factory.mktemp("inputs")
-    corpus = [" ".join(WORDS), " ".join(reversed(WORDS))]
-    bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator(corpus, vocab_size=300, special_tokens=["<end>"], show_progress=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<end>", pad_token="<end>")
-    ids = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-
-    torch.manual_seed(0)
-    for stage, part in (("prepare", "base"), ("sft", "model")):
-        GPT2LMHeadModel(GPT2Config(**SIZE, **ids)).save_pretrained(root / stage / part)
-    ppo = GPT2LMHeadModel.from_pretrained(root / "sft" / "model")
-    with torch.no_grad():
-        for weight in ppo.parameters():
-            weight += 0.05 * torch.randn_like(weight)
-    ppo.save_pretrained(root / "ppo" / "model")
-    reward = GPT2ForSequenceClassification(GPT2Config(**SIZE, **ids, num_labels=1))
-    reward.config.score_mean, reward.config.score_std = 0.25, 2.0
-    reward.save_pretrained(root / "reward" / "model")
-    for model in ("prepare/base", "sft/model", "ppo/model", "reward/model"):
-        tokenizer.save_pretrained(root / model)
-
-    generator = np.random.default_rng(0)
-    texts = [" ".join(generator.choice(WORDS, 6 + row % 5)) for row in range(PROMPTS + 3)]
-    table = {
-        "prompt": [f"{text} {row}:" for row, text in enumerate(texts)],
-        "reference": [None if row == 3 else f" {text}." for row, text in enumerate(texts)],
-        "word": [text.split()[0] for text in texts],
-    }
-    (root / "prepare" / "prompts").mkdir(parents=True)
-    pq.write_table(pa.table(table), root / "prepare" / "prompts" / "test.parquet")
-    curves = {"step": [1, 2], "score_mean": [0.0, 1.0], "kl": [0.0, 2.0], "entropy": [3.0, 3.0]}
-    pq.write_table(pa.table(curves), root / "ppo" / "curves.parquet")
-    pairs = {"split": ["test"] * 4 + ["train"], "chosen_score": [2.0, 1, 3, 1, 9], "rejected_score": [1.0, 1, 2, 2, 0]}
-    pq.write_table(pa.table(pairs), root / "reward" / "scores.parquet")
-    return {stage: root / stage for stage in ("prepare", "sft", "reward", "ppo")}
-
-
-def config(**settings: Any) -> PipelineConfig:
-    sections = {name: settings.pop(name) for name in ("sft", "reward", "ppo") if name in settings}
-    evaluate_section = {
-        "prompts": PROMPTS, "max_new_tokens": 12, "temperature": 0.7, "bootstrap": 50, "batch_size": 7,
-        "scorers": {"keyword": f"{__name__}:keyword"}, **settings,
-    }  # fmt: skip
-    return PipelineConfig.model_validate(
-        {
-            "name": "tiny",
-            "seed": 3,
-            "data": {"demonstrations": "d.jsonl", "preferences": "p.jsonl"},
-            "model": {"init": "random", "layers": 1, "width": 16, "heads": 2, "context": 64, "vocab_size": 300},
-            "evaluate": evaluate_section,
-            "resources": {"device": "cpu", "threads": 1},
-            **sections,
-        }
-    )
-
-
-def context(made: PipelineConfig, inputs: dict[str, Path], root: Path) -> Context:
-    out = root / "out"
-    out.mkdir()
-    return Context("evaluate", made, inputs, out, root / "checkpoints", NullTracker())
-
-
-class Ran:
-    """What one run of the stage gave. Drawing takes most of its time, so only some draw."""
-
-    def __init__(self, made: Context, draw: bool = False) -> None:
-        seen.clear()
-        with pytest.MonkeyPatch.context() as patch:
-            if not draw:
-                patch.setattr(report, "_draw", lambda *args: None)
-            self.finals = evaluate.run(made)
-        self.out = made.out
-        self.report = json.loads((made.out / "report.json").read_text())
-        self.samples = pq.read_table(made.out / "samples.parquet").to_pydict()
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +31,8 @@ def ran(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Ra
 def test_every_figure_of_every_policy_is_there(ran: Ran) -> None:
     per_policy = {
         "kl", "rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "sentence_bleu", "meteor", "reward", "keyword",
-        "length_tokens", "length_words", "eos_rate", "distinct1", "distinct2",
+        "length_tokens", "length_words", "eos_rate", "distinct1", "distinct2", "self_bleu", "perplexity", "chrf",
+        "sentence_chrf", "held_out", "kl_stderr",
     }  # fmt: skip
     for policy in ("base", "sft", "ppo"):
         assert {name.split("/")[2] for name in ran.finals if name.startswith(f"evaluate/{policy}/")} >= per_policy
@@ -145,24 +52,6 @@ def test_kl_of_sft_to_itself_is_zero_and_of_others_is_not(ran: Ran) -> None:
     assert min(ran.samples["base_kl"]) > 0
 
 
-def test_win_rate_and_difference_are_those_of_the_samples(ran: Ran) -> None:
-    for score in ("reward", "keyword"):
-        ppo, sft = (np.array(ran.samples[f"{name}_{score}"]) for name in ("ppo", "sft"))
-        assert ran.finals[f"evaluate/win_rate/{score}"] == pytest.approx(np.mean((ppo > sft) + (ppo == sft) / 2))
-        assert ran.finals[f"evaluate/difference/{score}"] == pytest.approx(np.mean(ppo - sft))
-    assert {"evaluate/win_rate/reward_low", "evaluate/win_rate/keyword_high"} <= set(ran.finals)
-    assert (ran.report["comparison"]["candidate"], ran.report["comparison"]["baseline"]) == ("ppo", "sft")
-
-
-def test_the_last_policy_is_compared_with_the_references(ran: Ran) -> None:
-    ppo, given = (np.array(ran.samples[f"{name}_reward"])[np.arange(PROMPTS) != 3] for name in ("ppo", "reference"))
-    name = "evaluate/win_rate_against_references/reward"
-    assert ran.finals[name] == pytest.approx(np.mean((ppo > given) + (ppo == given) / 2))
-    assert ran.finals[f"{name}_low"] <= ran.finals[name] <= ran.finals[f"{name}_high"]
-    assert ran.report["against_references"]["candidate"] == "ppo"
-    assert ran.report["against_references"]["win_rates"]["reward"]["n"] == PROMPTS - 1
-
-
 def test_scores_of_the_training_set_stand_beside_those_of_the_policies(ran: Ran) -> None:
     found = ran.report["distributions"]["reward"]
     assert sum(found["counts"]["training"]) == 2
@@ -176,13 +65,14 @@ def test_sizes_of_the_models(ran: Ran, inputs: dict[str, Path]) -> None:
     model = GPT2ForSequenceClassification.from_pretrained(inputs["reward"] / "model")
     assert ran.finals["evaluate/parameters/reward"] == model.num_parameters()
     assert ran.finals["evaluate/size_mb/reward"] == pytest.approx(4e-6 * model.num_parameters())
-    assert set(ran.report["models"]) == {"base", "sft", "ppo", "reward"}
+    assert set(ran.report["models"]) == {"base", "sft", "ppo", "reward", "held_out"}
 
 
 def test_the_name_of_the_pipeline_changes_no_byte(ran: Ran, inputs: dict[str, Path], tmp_path: Path) -> None:
     other = Ran(context(config().model_copy(update={"name": "renamed"}), inputs, tmp_path))
-    assert other.report == ran.report
-    assert "renamed" not in (other.out / "report.html").read_text()
+    assert other.finals == ran.finals
+    for name in ("report.json", "samples.parquet"):
+        assert (other.out / name).read_bytes() == (ran.out / name).read_bytes()
 
 
 def test_accuracy_on_preference_pairs_is_over_the_held_out_ones(ran: Ran) -> None:
@@ -244,7 +134,7 @@ def test_two_runs_give_the_same_bytes(ran: Ran, inputs: dict[str, Path], tmp_pat
     again = Ran(context(config(), inputs, tmp_path), draw=True)
     assert again.finals == ran.finals
     files = {path.relative_to(ran.out) for path in ran.out.rglob("*") if path.is_file()}
-    assert {str(path) for path in files} >= {"report.html", "report.json", "samples.parquet", "plots/ppo_curves.png"}
+    assert {str(path) for path in files} >= {"report.json", "samples.parquet", "plots/ppo_curves.png"}
     for path in files:
         assert (ran.out / path).read_bytes() == (again.out / path).read_bytes(), path
 
@@ -285,43 +175,68 @@ def test_greedy_takes_the_likeliest_token_whatever_the_seed(inputs: dict[str, Pa
 def test_without_ppo_sft_is_compared_with_the_base(inputs: dict[str, Path], tmp_path: Path) -> None:
     fewer = {stage: inputs[stage] for stage in ("prepare", "sft")}
     found = Ran(context(config(ppo=False, reward=False), fewer, tmp_path), draw=True)
-    assert (found.report["comparison"]["candidate"], found.report["comparison"]["baseline"]) == ("sft", "base")
-    assert set(found.report["comparison"]["win_rates"]) == {"keyword"}
+    assert pairs_of(found) == [("sft", "base"), ("sft", "reference")]
+    assert set(found.report["comparisons"][0]["scores"]) == {"keyword"}
+    assert found.report["trained_on"] == []
+    assert "evaluate/win_rate_against_base/keyword" in found.finals
     assert "ppo" not in found.samples
-    assert found.report["curves"] is None
+    assert found.report["curves"] is found.report["overoptimisation"] is None
     assert not (found.out / "plots" / "ppo_curves.png").exists()
 
 
 def test_without_sft_the_base_is_the_reference_policy(inputs: dict[str, Path], tmp_path: Path) -> None:
     fewer = {stage: inputs[stage] for stage in ("prepare", "ppo")}
-    off = config(sft=False, reward=False, ppo={"rewards": {"a:b": 1.0}}, scorers={})
+    off = config(sft=False, reward=False, ppo={"rewards": {f"{HERE}:keyword": 1.0}}, scorers={})
     found = Ran(context(off, fewer, tmp_path), draw=True)
     assert found.report["kl_reference"] == "base"
     assert set(found.samples["base_kl"]) == {0.0}
     assert min(found.samples["ppo_kl"]) > 0
-    assert found.report["comparison"]["win_rates"] == {}
+    assert pairs_of(found) == [("ppo", "base"), ("ppo", "reference")]
+    assert found.report["judged"] == found.report["trained_on"] == []
+    assert found.report["comparisons"][0]["scores"] == {}
+    assert "reward_keyword" in found.report["metrics"]["ppo"]
     assert not (found.out / "plots" / "scores_boxplot.png").exists()
-    assert "neither a reward model nor a scorer" in (found.out / "report.html").read_text()
+
+
+def test_a_base_model_alone_is_compared_with_the_references(inputs: dict[str, Path], tmp_path: Path) -> None:
+    off = config(sft=False, reward=False, ppo=False)
+    found = Ran(context(off, {"prepare": inputs["prepare"]}, tmp_path))
+    assert pairs_of(found) == [("base", "reference")]
+    assert "evaluate/win_rate_against_references/keyword" in found.finals
+    assert not any(name.startswith("evaluate/win_rate/") for name in found.finals)
 
 
 def test_prompts_without_references_are_scored_without_them(inputs: dict[str, Path], tmp_path: Path) -> None:
     prompts = pq.read_table(inputs["prepare"] / "prompts" / "test.parquet").drop_columns(["reference"])
-    bare = tmp_path / "prepare"
-    (bare / "prompts").mkdir(parents=True)
-    pq.write_table(prompts, bare / "prompts" / "test.parquet")
-    (bare / "base").symlink_to(inputs["prepare"] / "base")
+    bare = prepared(inputs, tmp_path / "prepare", prompts)
     found = Ran(context(config(), {**inputs, "prepare": bare}, tmp_path))
     assert "reference" not in found.report["metrics"]
-    assert found.report["against_references"] is None
-    assert not any("rouge" in name or "bleu" in name for name in found.finals)
-    assert "evaluate/ppo/reward" in found.finals
+    assert ("ppo", "reference") not in pairs_of(found)
+    assert found.samples["reference"] == [None] * PROMPTS
+    assert not any(
+        part in name for part in ("rouge", "bleu", "chrf", "meteor") for name in found.finals if "self" not in name
+    )
+    assert {"evaluate/ppo/reward", "evaluate/ppo/self_bleu", "evaluate/ppo/perplexity"} <= set(found.finals)
 
 
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"scorers": {"bad": f"{__name__}:broken"}}, RewardError, "broken' returned nan"),
-        ({"scorers": {"bad": f"{__name__}:absent"}}, ConfigError, "has no function 'absent'"),
+        ({"scorers": {"bad": f"{HERE}:broken"}}, RewardError, "broken' returned nan"),
+        ({"scorers": {"bad": f"{HERE}:absent"}}, ConfigError, "has no function 'absent'"),
+        ({"judges": {"editor": f"{HERE}:absent"}}, ConfigError, "has no function 'absent'"),
+        (
+            {"judges": {"editor": f"{HERE}:undecided"}},
+            RewardError,
+            "evaluate.judges.editor '.*undecided' returned nan",
+        ),
+        (
+            {"judges": {"editor": f"{HERE}:raises"}},
+            RewardError,
+            "evaluate.judges.editor '.*raises' raised KeyError",
+        ),
+        ({"length_column": "wrod"}, ConfigError, "'wrod', but the prompts have no such column.*did you mean 'word'"),
+        ({"length_column": "word"}, DataError, "held-out prompt 1 has '[a-z]+' there; must be a number of words"),
         ({"max_new_tokens": 60}, DataError, "evaluate.max_new_tokens 60 do not fit into the model's context of 64"),
     ],
 )
