@@ -166,7 +166,7 @@ def dots(rows: Sequence[Dot], title: str, x_label: str, *, middle: float, limits
     """
     step = 44.0
     height = step * len(rows) + 44.0
-    x = Scale(*limits, 8.0, WIDTH - 8.0)
+    x = Scale(*limits, 13.0, WIDTH - 13.0)
     bottom = height - 40.0
     parts = svg.x_axis(x, bottom, x_label, top=2.0)
     parts.append(svg.line(x(middle), 2.0, x(middle), bottom, "middle"))
@@ -200,11 +200,11 @@ def bars(rows: Mapping[str, Sequence[tuple[str, float]]], title: str, x_label: s
     height = step * len(rows) + 44.0
     bottom = height - 40.0
     longest = max((sum(value for _, value in parts) for parts in rows.values()), default=1.0) or 1.0
-    x = Scale(0.0, longest * 1.02, 2.0, WIDTH - 14.0)
+    x = Scale(0.0, longest * 1.02, 6.0, WIDTH - 16.0)
     drawn = svg.x_axis(x, bottom, x_label, top=4.0)
     for number, (name, pieces) in enumerate(rows.items()):
         top, begun = step * number + 18.0, 0.0
-        drawn.append(svg.text(2, top - 5, name, "name"))
+        drawn.append(svg.text(5, top - 5, name, "name"))
         for look, value in pieces:
             if value > 0:
                 drawn += _filled(x(begun), top, x(begun + value), top + 16.0, look)

@@ -1,265 +1,479 @@
-"""The report: what it says, that it says it safely, and that the same numbers give the same bytes."""
+"""The report of a run: what it says, that it says it safely, whatever is missing, and always in the same bytes."""
 
 from __future__ import annotations
 
-import copy
+import base64
+import dataclasses
+import hashlib
 import json
 import math
 import re
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
 
-from rlhf import plots, report
-
-EVIL = "<script>alert('x')</script> & <b>bold</b> \"quoted\""
-N = 40
-
-
-def estimate(value: float, half: float, count: int = N) -> dict[str, float]:
-    return {"value": value, "low": value - half, "high": value + half, "n": count}
-
-
-def made(
-    reward: tuple[float, float] = (1.0, 0.2), gold: tuple[float, float] = (0.3, 0.1)
-) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]], dict[str, list[Any]]]:
-    """A report of base, SFT, PPO and references; ``reward`` and ``gold`` are the gain of PPO and its half interval."""
-    generator = np.random.default_rng(0)
-    scores = {
-        name: {
-            "reward": generator.normal(mean, 1, N),
-            "gold": generator.normal(mean / 2, 0.5, N),
-            "length_tokens": generator.integers(5, 40, N).astype(float),
-        }
-        for name, mean in (("base", -2.0), ("sft", 0.0), ("ppo", 1.0), ("reference", 0.0))
-    }
-    scores["reference"]["gold"][:] = math.nan
-    trained_on = {"training": {"reward": generator.normal(0.5, 2, 90)}}
-    metrics = {
-        name: {metric: estimate(float(np.mean(values)), 0.1) for metric, values in of.items()}
-        for name, of in scores.items()
-    }
-    for name in ("base", "sft", "ppo"):
-        metrics[name]["kl"] = estimate(7.25 if name == "ppo" else 0.0, 0.5)
-        metrics[name]["rougeL"] = estimate(0.4, 0.02, N - 1)
-    made_report = {
-        "prompts": N,
-        "settings": {
-            "temperature": 0.7, "kl_temperature": 0.7, "max_new_tokens": 48,
-            "seed": 1, "confidence": 0.95, "bootstrap": 100,
-        },
-        "kl_reference": "sft",
-        "judged": ["reward", "gold"],
-        "metrics": metrics,
-        "comparison": {
-            "candidate": "ppo",
-            "baseline": "sft",
-            "win_rates": {"reward": estimate(0.8, 0.05), "gold": estimate(0.6, 0.05)},
-            "differences": {"reward": estimate(*reward), "gold": estimate(*gold)},
-        },
-        "models": {"ppo": {"parameters": 124439808.0, "size_mb": 497.759232}},
-        "against_references": {
-            "candidate": "ppo",
-            "win_rates": {"reward": estimate(0.61, 0.04, N - 1), "gold": estimate(math.nan, math.nan, 0)},
-        },
-        "distributions": report.distributions(scores | trained_on, ["reward", "gold", "length_tokens"]),
-        "pairs": {
-            "n": 50,
-            "accuracy": estimate(0.88, 0.04),
-            "scores": report.distributions(
-                {"chosen": {"score": np.arange(50.0)}, "rejected": {"score": np.arange(50.0) - 9}}, ["score"]
-            )["score"],
-        },
-        "curves": {"step": [1, 2, 3], "score_mean": [0.0, 0.5, 1.0], "kl": [0.0, 2.0, 7.0]},
-    }  # fmt: skip
-    samples: dict[str, list[Any]] = {
-        "prompt": [f"{EVIL} {i}" for i in range(N)],
-        "reference": [None if i == 1 else EVIL for i in range(N)],
-    }
-    for name in ("base", "sft", "ppo"):
-        samples[name] = [f"{name} says {i} {EVIL}" for i in range(N)]
-    for name, of in scores.items():
-        samples |= {f"{name}_{metric}": values.tolist() for metric, values in of.items()}
-    return made_report, scores | trained_on, samples
+from rlhf.artifacts import Store
+from rlhf.report import Sources, charts, page, sources_of, svg, words
+from rlhf.report.charts import Curve, Dot, Spread
+from rlhf.report.making import thin
+from rlhf.report.samples import BYTES, CHARACTERS, samples
+from rlhf.report.verdict import judgement, verdict
+from tests.rlhf import report_sources as made
+from tests.rlhf.report_sources import EVIL, LONG, STAGES, STRANGE, N
 
 
 class Reader(HTMLParser):
     """Collects tags, attributes that could load or run something, and text; notices tags that are not closed."""
 
-    VOID = ("meta", "img", "br")
+    VOID = ("meta", "input", "br")
 
-    def __init__(self, page: str) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__()
         self.tags: list[str] = []
         self.open: list[str] = []
         self.links: list[str] = []
+        self.handlers: list[str] = []
         self.text = ""
-        self.feed(page)
+        self.feed(text)
+        assert self.open == []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.links += [value or "" for name, value in attrs if name in ("src", "href") or name.startswith("on")]
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "action", "srcset", "data")]
+        self.handlers += [name for name, _ in attrs if name.startswith("on") or name == "style"]
         if tag not in self.VOID:
             self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text += data
+
+    @property
+    def line(self) -> str:
+        """All text, on one line."""
+        return " ".join(self.text.replace(words.NBSP, " ").split())
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("report")
-    report.write(out, *made())
-    return out
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Sources:
+    return made.sources(tmp_path_factory.mktemp("made"))
 
 
-def test_writes_all_files(written: Path) -> None:
-    files = sorted(str(path.relative_to(written)) for path in written.rglob("*") if path.is_file())
-    assert files == [
-        "plots/lengths.png", "plots/pairs_histogram.png", "plots/ppo_curves.png",
-        "plots/scores_boxplot.png", "plots/scores_histogram.png",
-        "report.html", "report.json", "samples.parquet",
-    ]  # fmt: skip
-    assert json.loads((written / "report.json").read_text())["metrics"]["ppo"]["kl"]["value"] == 7.25
-    assert pq.read_table(written / "samples.parquet").num_rows == N
+@pytest.fixture(scope="module")
+def text(sources: Sources) -> str:
+    return page(sources)
 
 
-def test_the_same_input_gives_the_same_bytes_and_another_input_others(written: Path, tmp_path: Path) -> None:
-    report.write(tmp_path, *made())
-    for path in written.rglob("*.*"):
-        assert path.read_bytes() == (tmp_path / path.relative_to(written)).read_bytes(), path.name
-    values = made()[1]["ppo"]["reward"]
-    plots.boxplot(tmp_path / "one.png", {"Reward": {"ppo": values}})
-    plots.boxplot(tmp_path / "other.png", {"Reward": {"ppo": values + 1}})
-    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "other.png").read_bytes()
+# --- safe, complete, the same
 
 
-def test_plots_ignore_the_users_style_and_leave_it_alone(written: Path, tmp_path: Path) -> None:
-    import matplotlib
-
-    with matplotlib.rc_context({"font.size": 40, "axes.facecolor": "red"}):
-        report.write(tmp_path, *made())
-        assert matplotlib.rcParams["font.size"] == 40
-    for path in written.glob("plots/*.png"):
-        assert path.read_bytes() == (tmp_path / "plots" / path.name).read_bytes()
-
-
-def test_plots_carry_no_version_or_date(written: Path) -> None:
-    for path in written.glob("plots/*.png"):
-        content = path.read_bytes()
-        assert content.startswith(b"\x89PNG")
-        assert not re.search(rb"matplotlib|Software|tIME|Creation", content)
+def test_model_text_runs_and_loads_nothing(text: str) -> None:
+    found = Reader(text)
+    assert found.tags.count("script") == 1
+    assert "img" not in found.tags
+    assert found.handlers == []
+    assert all(link.startswith("#") for link in found.links)
+    assert f"the ppo says 0 {EVIL}" in found.text
+    assert not re.search(r"https?:|//[a-z]", text.replace("http-equiv", ""))
 
 
-def test_page_escapes_model_text_and_loads_nothing(written: Path) -> None:
-    page = (written / "report.html").read_text()
-    reader = Reader(page)
-    assert "script" not in reader.tags
-    assert "b" not in reader.tags
-    assert reader.open == []
-    assert len(reader.links) == 5
-    assert all(link.startswith("data:image/png;base64,") for link in reader.links)
-    assert f"ppo says 0 {EVIL}" in reader.text
-    assert "http" not in page.replace("http-equiv", "")
-    assert "default-src 'none'" in page
-    assert "prefers-color-scheme: dark" in page
-    assert "width=device-width" in page
+def test_the_policy_allows_the_pages_own_script_and_style_alone(text: str) -> None:
+    [policy] = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    directives = dict(part.split(" ", 1) for part in policy.replace("&#39;", "'").split("; "))
+    assert directives["default-src"] == "'none'"
+    for kind in ("script", "style"):
+        [content] = re.findall(f"<{kind}>(.*?)</{kind}>", text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert directives[f"{kind}-src"] == f"'sha256-{digest}'"
 
 
-def test_page_says_the_summary_first_and_every_number(written: Path) -> None:
-    text = " ".join(Reader((written / "report.html").read_text()).text.split())
-    assert text.index("PPO is better than SFT by every score.") < text.index("Scores")
-    assert "PPO wins 80 % of 40 prompts against SFT (75 % to 85 %)" in text
-    assert "a change of +1.000 (95 % interval +0.800 to +1.200)" in text
-    assert "KL of PPO to SFT: 7.25 nats per response (6.75 to 7.75)." in text
-    assert "it scores the chosen text above the rejected one in 88 % (84 % to 92 %)" in text
-    assert "Reward: PPO wins 61 % of 39 prompts against the references (57 % to 65 %)." in text
-    assert "Gold: PPO wins" not in text.replace("Gold: PPO wins 60", "")  # no reference has a gold score
-    assert "ppo 124439808497.76" in text
-    assert f"training {''.join(map(report.number, trained_on().values()))}" in text
-    assert "0.380 to 0.420; n = 39" in text  # fewer references than prompts
-    shown = report.distributions(made()[1], ["reward"])["reward"]["percentiles"]["ppo"]["50"]
-    assert report.number(shown) in text
-    assert "nan" not in text.lower()
-    assert "None" not in text
-
-
-def trained_on() -> dict[str, float]:
-    """The row of the reward model's training texts: percentiles, then the mean."""
-    found = made()[0]["distributions"]["reward"]
-    return {**found["percentiles"]["training"], "mean": found["means"]["training"]}
+def test_strange_characters_are_seen_and_can_be_written(tmp_path: Path) -> None:
+    found = made.sources(tmp_path)
+    config = dict(found.record.config) | {"name": STRANGE}
+    record = dataclasses.replace(found.record, error=STRANGE + EVIL, status="failed", pipeline=STRANGE, config=config)
+    written = page(dataclasses.replace(found, record=record, config=None)).encode("utf-8")
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]", written.decode())
+    shown = Reader(written.decode()).text
+    for code in ("202E", "2028", "D800", "0007", "0000", "FFFE"):
+        assert f"U+{code}" in shown
 
 
 @pytest.mark.parametrize(
-    ("reward", "gold", "expected"),
+    ("given", "shown"),
     [
-        ((1.0, 0.2), (0.3, 0.1), "PPO is better than SFT by every score."),
-        ((-1.0, 0.2), (-0.3, 0.1), "PPO is worse than SFT by every score."),
-        ((1.0, 0.2), (-0.3, 0.1), "PPO has more reward than SFT but is worse by Gold: the reward may be over-opt"),
-        ((0.1, 0.2), (0.0, 0.1), "No clear difference between PPO and SFT: the interval of each difference"),
-        ((1.0, 0.2), (0.0, 0.1), "PPO against SFT: better by Reward; not clearly different by Gold."),
-        ((-1.0, 0.2), (0.3, 0.1), "PPO against SFT: better by Gold; worse by Reward."),
-        ((math.nan, 0.2), (math.nan, 0.1), "No clear difference"),
+        ("plain, é, 日本語, שלום, 👩‍👩‍👧", "plain, é, 日本語, שלום, 👩‍👩‍👧"),
+        ("two\nlines\tand\r\na third", "two\nlines\tand\na third"),
+        ("\u202eabc\u2069", "⟨U+202E⟩abc⟨U+2069⟩"),
+        ("\ud83d", "⟨U+D83D⟩"),
+        ("a\rb\x1b[31m\x85", "a⟨U+000D⟩b⟨U+001B⟩[31m⟨U+0085⟩"),
     ],
 )
-def test_verdict(reward: tuple[float, float], gold: tuple[float, float], expected: str) -> None:
-    assert report.verdict(made(reward, gold)[0]).startswith(expected)
+def test_what_cannot_be_seen_is_named(given: str, shown: str) -> None:
+    assert words.visible(given) == shown
 
 
-def test_verdict_without_scores_or_a_second_policy() -> None:
-    made_report = made()[0]
-    made_report["comparison"]["differences"] = {}
-    assert report.verdict(made_report) == "PPO and SFT were not scored: there is neither a reward model nor a scorer."
-    made_report["comparison"] = None
-    assert "only one policy" in report.verdict(made_report)
-    assert len(report.summary(made_report)) == 1  # against the references
-    made_report["against_references"] = None
-    assert report.summary(made_report) == []
+def test_the_same_sources_give_the_same_page_and_others_another(sources: Sources, text: str, tmp_path: Path) -> None:
+    assert page(made.sources(tmp_path / "again")) == text
+    assert page(made.sources(tmp_path / "other", made.evaluation(gold=(0.31, 0.1)))) != text
 
 
-def test_a_report_without_scores_references_and_ppo_is_still_a_page(tmp_path: Path) -> None:
-    bare, scores, samples = copy.deepcopy(made())
-    nothing = dict.fromkeys(("curves", "pairs", "comparison", "against_references"))
-    bare |= {"judged": [], "models": {}, "kl_reference": "base", **nothing}
-    bare["metrics"] = {"base": {"length_tokens": estimate(math.nan, 0.0)}}
-    bare["distributions"] = report.distributions({"base": {"length_tokens": np.array([math.nan])}}, ["length_tokens"])
-    report.write(tmp_path, bare, {"base": scores["base"]}, {"prompt": samples["prompt"], "base": samples["base"]})
-    assert bare["distributions"] == {}
-    assert not (tmp_path / "plots").exists()
-    page = Reader((tmp_path / "report.html").read_text())
-    assert "Length, tokens" in page.text
-    assert json.loads((tmp_path / "report.json").read_text())["metrics"]["base"]["length_tokens"]["value"] is None
+def test_ten_thousand_long_samples_stay_below_five_megabytes(tmp_path: Path) -> None:
+    found = made.sources(tmp_path, table=made.samples(10_000, f"{EVIL} {LONG}"))
+    text = page(found)
+    assert len(text.encode()) < 5_000_000
+    shown = samples(found)
+    assert shown is not None
+    assert 10 < len(shown.shown) < 400
+    assert f"{len(shown.shown)} of 10,000 samples; all are in samples.parquet" in Reader(text).line
+    assert sum(len(a.texts[0].encode()) for s in shown.shown for a in s.answers) <= BYTES
+    assert "more characters]" in shown.shown[0].prompt
+    assert len(shown.shown[0].prompt) < CHARACTERS + 40
 
 
-def test_distributions_count_every_known_value_once() -> None:
-    scores = {"sft": {"gold": np.array([0.0, 1.0, 2.0, math.nan])}, "ppo": {"gold": np.array([4.0])}, "base": {}}
-    found = report.distributions(scores, ["gold", "absent"], bins=4)
-    assert set(found) == {"gold"}
-    assert found["gold"]["edges"] == [0, 1, 2, 3, 4]
-    assert found["gold"]["counts"] == {"sft": [1, 1, 1, 0], "ppo": [0, 0, 0, 1]}
-    assert found["gold"]["percentiles"]["sft"]["50"] == found["gold"]["means"]["sft"] == 1
-    same = report.distributions({"sft": {"gold": np.array([3.0, 3.0])}}, ["gold"])
-    assert sum(same["gold"]["counts"]["sft"]) == 2
+# --- what it says
+
+
+def test_the_summary_comes_first_and_has_its_numbers(text: str) -> None:
+    line = Reader(text).line
+    begin = line.index("PPO is better than SFT, by the held-out reward model and gold.")
+    assert begin < line.index("All metrics", begin)
+    assert "PPO wins against SFT72 % [67, 77]by the held-out reward model; at equal length 70 % [64, 76]" in line
+    assert "+0.80 [+0.60, +1.00]p < 0.001, effect size 0.42" in line
+    assert "KL to SFT7.25 [6.75, 7.75]± 0.26 standard error; nats a response" in line
+    assert "Over-optimisedno" in line
+    assert "40 held-out prompts, sampled at temperature 0.7. Brackets are 95 % intervals" in line
+    assert "nan" not in line.lower().replace("finance", "")
+    assert "None" not in line
 
 
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    "expected",
     [
-        (report.number(1.23456, 2), "1.23"),
-        (report.number(-1.0, 1), "\N{MINUS SIGN}1.0"),
-        (report.number(1.0, 1, sign=True), "+1.0"),
-        (report.number(None), "\N{EN DASH}"),
-        (report.number(math.nan), "\N{EN DASH}"),
-        (report.percent(0.756), "76 %"),
-        (report.percent(math.nan), "\N{EN DASH}"),
+        "Reward (trained on)",
+        "brevityPPO against SFT90 % [86, 94]52 % [47, 57]",  # consistency, and preference for what is shown first
+        "PPO against references",
+        "0.400 [0.380, 0.420] (n = 39)",  # fewer references than prompts
+        "demonstrations9,000128,0000988",  # rows read, lost by reason, kept
+        "All held-out pairs0.880 [0.840, 0.920]300",
+        "Its confidence is off by 3.1 % on average; if it were right, so few pairs would show 2.4 % by chance.",
+        "ppo124,439,808294,912497.76",
+        "ppo.kl_coef0.40.05",  # setting, value, default
+        "Stages were computed with different versions of numpy.",
+        "prepare: model; sft: model; reward: model",  # what evaluate read
+        "sftcached25.0 s",
+        "1 more curve",
     ],
 )
-def test_numbers_for_people(text: str, expected: str) -> None:
-    assert text == expected
+def test_it_says(text: str, expected: str) -> None:
+    assert expected in Reader(text).line
+
+
+def test_every_chart_has_a_table_behind_it(text: str) -> None:
+    sections = re.findall(r"<section id=.*?</section>", text, re.DOTALL)
+    checked = 0
+    for section in sections:
+        for figure in re.findall(r"<figure>.*?</figure>", section, re.DOTALL):
+            assert figure.count('role="img"') == 1
+            assert re.search(r"<svg[^>]*><title>[^<]+</title><desc>[^<]+</desc>", figure)
+            before = section[: section.index(figure)]
+            assert "<table>" in figure or "<table>" in before
+            checked += 1
+    assert checked >= 15
+
+
+def test_all_stages_have_their_curves(text: str) -> None:
+    for stage in ("sft", "reward", "ppo"):
+        assert f'<section id="curves-{stage}">' in text
+
+
+@pytest.mark.parametrize(
+    ("reward", "held_out", "gold", "tone", "sentence"),
+    [
+        (1, 1, 1, "good", "PPO is better than SFT, by the held-out reward model and gold."),
+        (0, 1, 1, "good", "PPO is better than SFT, by the held-out reward model and gold."),
+        (-1, -1, -1, "bad", "PPO is worse than SFT by the held-out reward model and gold."),
+        (1, 1, -1, "bad", "PPO has more reward than SFT, but is worse by gold: the reward was over-optimised."),
+        (1, 0, 0, "open", "No clear difference between PPO and SFT by the held-out reward model and gold: the"),
+        (1, 1, 0, "open", "PPO against SFT: better by the held-out reward model, not clearly different by gold."),
+        (0, 1, -1, "open", "PPO against SFT: better by the held-out reward model, worse by gold."),
+    ],
+)
+def test_judgement(reward: int, held_out: int, gold: int, tone: str, sentence: str) -> None:
+    scores = {
+        name: {"difference": made.estimate(float(sign), 0.5)}
+        for name, sign in (("reward", reward), ("held_out", held_out), ("gold", gold))
+    }
+    found = judgement({"candidate": "ppo", "baseline": "sft", "scores": scores}, ["reward"])
+    assert found[0] == tone
+    assert found[1].startswith(sentence)
+
+
+def test_what_it_was_trained_on_decides_nothing() -> None:
+    scores = {"reward": {"difference": made.estimate(5.0, 0.1)}}
+    tone, sentence = judgement({"candidate": "ppo", "baseline": "sft", "scores": scores}, ["reward"])
+    assert (tone, sentence) == (
+        "open",
+        "PPO has more reward than SFT, but nothing judged it that it was not trained on.",
+    )
+    tone, sentence = judgement({"candidate": "ppo", "baseline": "reference", "scores": {}}, [])
+    assert sentence.startswith("PPO and the references were not scored")
+
+
+def test_an_alarm_is_in_the_summary_and_marked_in_the_chart(tmp_path: Path) -> None:
+    report = made.evaluation(held_out=(-0.5, 0.1), gold=(-0.2, 0.1), alarm=True)
+    text = page(made.sources(tmp_path, report))
+    line = Reader(text).line
+    assert "PPO has more reward than SFT, but is worse by the held-out reward model and gold" in line
+    assert "Over-optimisedyesreward rose while it fell by the held-out reward model" in line
+    assert "A triangle marks an evaluation at which the alarm was on." in line
+    assert text.count('class="alarm"') == 1
+    assert "(alarm)" in line
+
+
+def test_samples_are_the_first_and_those_that_changed_most(sources: Sources) -> None:
+    found = samples(sources)
+    assert found is not None
+    assert (found.before, found.after, found.total) == ("sft", "ppo", N)
+    assert [sample.number for sample in found.shown[:3]] == [1, 2, 3]
+    table = made.samples()
+    change = [new - old for new, old in zip(table["ppo_held_out"], table["sft_held_out"], strict=True)]
+    notable = {sample.why: sample.number - 1 for sample in found.shown if sample.why}
+    assert change[notable["loss no. 1 by the held-out reward model"]] == min(change)
+    assert change[notable["gain no. 1 by the held-out reward model"]] == max(change)
+    assert sorted(sample.number for sample in found.shown) == list(range(1, N + 1))
+    [references] = [answer.texts for answer in found.shown[0].answers if answer.who == "reference"]
+    assert references == ["first 0", "second"]
+    assert "reference" not in [answer.who for answer in found.shown[1].answers]  # it has none
+
+
+# --- whatever is missing
+
+
+@pytest.mark.parametrize("stages", [(), *[STAGES[:n] for n in range(1, 6)], ("prepare", "ppo", "evaluate")])
+def test_a_run_that_came_only_so_far_has_a_page(sources: Sources, stages: tuple[str, ...]) -> None:
+    record = dataclasses.replace(sources.record, status="failed", error="ppo: it broke")
+    some: dict[str, Any] = {
+        "manifests": {name: sources.manifests[name] for name in stages},
+        "directories": {name: sources.directories[name] for name in stages},
+    }
+    line = Reader(page(dataclasses.replace(sources, record=record, **some))).line
+    assert "ppo: it broke" in line
+    if "evaluate" not in stages:
+        assert f"The run failed before it was evaluated: done are {', '.join(stages) or 'no stage'}." in line
+    assert ("Samples" in line) == ("evaluate" in stages)
+
+
+@pytest.mark.parametrize("missing", list(made.evaluation()))
+def test_a_report_of_an_older_version_has_a_page(tmp_path: Path, missing: str) -> None:
+    whole = made.evaluation()
+    for report in ({k: v for k, v in whole.items() if k != missing}, whole | {missing: None} if missing in (
+        "pairs", "curves", "overoptimisation",
+    ) else {missing: whole[missing]}):  # fmt: skip
+        Reader(page(made.sources(tmp_path, report)))
+
+
+def test_without_what_this_issue_added(tmp_path: Path) -> None:
+    report = json.loads(json.dumps(made.evaluation()))
+    for one in report["comparisons"]:
+        one.pop("judges")
+        one.pop("metrics")
+        for of in one["scores"].values():
+            for new in ("win_rate_length_controlled", "p", "effect", "ties", "wins", "losses"):
+                of.pop(new)
+    for of in report["metrics"].values():
+        of.get("kl", {}).pop("stderr", None)
+    assert (
+        "PPO wins against SFT72 % [67, 77]by the held-out reward model"
+        in Reader(page(made.sources(tmp_path, report))).line
+    )
+
+
+def test_one_policy_has_nothing_to_be_compared_with(tmp_path: Path) -> None:
+    report = made.evaluation() | {"comparisons": [], "overoptimisation": None, "kl_reference": "base"}
+    report["metrics"] = {"base": {"length_tokens": made.estimate(math.nan, 0.0)}}
+    found = verdict(made.sources(tmp_path, report))
+    assert "only one policy" in found.sentence
+    assert [tile.figure for tile in found.tiles] == ["not measured"]
+
+
+def test_broken_files_of_a_stage_leave_its_section_out(tmp_path: Path) -> None:
+    found = made.sources(tmp_path)
+    (found.directories["prepare"] / "report.json").write_text("{not json")
+    (found.directories["sft"] / "metrics.jsonl").write_text("not a journal\n")
+    (found.directories["reward"] / "calibration.json").write_text("[]")
+    text = page(found)
+    assert '<section id="data">' not in text
+    assert '<section id="curves-sft">' not in text
+    assert '<section id="curves-ppo">' in text
+
+
+def test_over_optimisation_is_shown_without_an_evaluation(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found = made.sources(tmp_path)
+    columns = {
+        "update": [0, 10], "score": [0.0, 1.0], "score_stderr": [0.1, 0.1], "kl": [0.0, 4.0],
+        "judge/held_out": [0.0, -1.0], "judge/held_out_stderr": [0.1, 0.1], "overoptimised/held_out": [0.0, 1.0],
+    }  # fmt: skip
+    pq.write_table(pa.table(columns), found.directories["ppo"] / "evaluations.parquet")
+    text = page(dataclasses.replace(found, directories={"ppo": found.directories["ppo"]}))
+    assert text.count('class="alarm"') == 1
+    assert "104.0002.000" in Reader(text).line  # update, KL, its root
+
+
+def test_sources_of_a_run_are_what_is_left_of_it(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    record = dataclasses.replace(made.sources(tmp_path / "unused").record, stages={})
+    for stage, digest in (("prepare", "same"), ("sft", "other"), ("ppo", "gone")):
+        out = tmp_path / "out" / stage
+        out.mkdir(parents=True)
+        manifest = dataclasses.replace(made.manifest(stage), digest=digest if stage != "sft" else "recomputed")
+        store.publish(out, manifest)
+        record.stages[stage] = {"key": manifest.key, "digest": digest, "cached": False, "seconds": 1.0}
+    for file in store.path("ppo", record.stages["ppo"]["key"]).iterdir():
+        file.unlink()
+    store.path("ppo", record.stages["ppo"]["key"]).rmdir()
+    found = sources_of(record, store)
+    assert list(found.manifests) == ["prepare", "ppo"]
+    assert list(found.directories) == ["prepare"]
+    assert found.config == made.config()
+    Reader(page(found))
+    old = sources_of(dataclasses.replace(record, config={"name": "old", "gone": 1}), store)
+    assert old.config is None
+    assert "This configuration is of an older version" in Reader(page(old)).line
+
+
+# --- charts
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "about", "expected"),
+    [
+        (0.0, 1.0, 5, ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
+        (-1.1, 1.1, 4, ["−1", "0", "1"]),
+        (0.0, 9000.0, 5, ["0", "2k", "4k", "6k", "8k"]),
+        (0.0, 0.00031, 4, ["0.0000", "0.0001", "0.0002", "0.0003"]),
+        (0.0, 3e6, 3, ["0", "1M", "2M", "3M"]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, about: int, expected: list[str]) -> None:
+    assert [label for _, label in svg.ticks(low, high, about)] == expected
+
+
+def test_whole_ticks_have_no_fractions() -> None:
+    assert [value for value, _ in svg.ticks(0.5, 2.5, whole=True)] == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[], [1.0], [2.0, 2.0], [math.nan, math.nan], [1.0, math.nan, 3.0], [0.0, -1e12], [1e-12, 2e-12], [math.inf, 1.0]],
+)
+def test_lines_of_anything_have_finite_coordinates(values: list[float]) -> None:
+    x = [float(i) for i in range(len(values))]
+    picture = charts.lines([Curve("a", "one", x, values, values, values)], "t", "x", "y")
+    assert "nan" not in picture
+    assert "inf" not in picture.replace("inferior", "")
+
+
+def test_lines_have_a_gap_where_a_value_is_missing() -> None:
+    y = [1.0, 2.0, math.nan, 2.0, 1.0]
+    picture = charts.lines([Curve("a", "one", [0.0, 1.0, 2.0, 3.0, 4.0], y)], "t", "x", "y")
+    assert picture.count('class="line one"') == 2
+
+
+def test_a_line_is_where_its_numbers_are() -> None:
+    picture = charts.lines([Curve("a", "one", [0.0, 10.0], [0.0, 1.0])], "t", "x", "y")
+    [(x1, y1, x2, y2)] = re.findall(r'd="M([\d.]+) ([\d.]+) L([\d.]+) ([\d.]+)" class="line one"', picture)
+    at = {label: float(y) for y, label in re.findall(r'y="([\d.]+)" class="tick" text-anchor="end">([\d.]+)<', picture)}
+    assert float(x1) < float(x2)
+    assert float(y1) == pytest.approx(at["0.0"] - 4, abs=0.02)
+    assert float(y2) == pytest.approx(at["1.0"] - 4, abs=0.02)
+
+
+def test_histograms_and_boxes_are_where_their_numbers_are() -> None:
+    spread = Spread(0.0, 1.0, 2.0, 3.0, 4.0, 2.5)
+    picture = charts.spreads([0.0, 2.0, 4.0], {"ppo": [1, 3]}, {"ppo": spread}, "t", "x")
+    ticks = {label: float(x) for x, label in re.findall(r'<text x="([\d.]+)"[^>]*middle">(\d)<', picture)}
+    [(left, width)] = re.findall(
+        r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)" height="12" class="fill ppo"', picture
+    )
+    assert float(left) == pytest.approx(ticks["1"], abs=0.02)
+    assert float(left) + float(width) == pytest.approx(ticks["3"], abs=0.02)
+    [outline] = re.findall(r'd="([^"]*)Z" class="fill ppo"', picture)
+    heights = {float(step.split()[1]) for step in re.split("[ML]", outline) if step}
+    assert max(heights) - min(heights) == pytest.approx(36.0)  # the fuller bin has the whole height
+
+
+def test_dots_without_an_interval_or_a_value() -> None:
+    rows = [Dot("a", "one", (0.5, math.nan, math.nan), "50 %"), Dot("b", "one", (math.nan,) * 3, "–")]
+    picture = charts.dots(rows, "t", "x", middle=0.5, limits=(0.0, 1.0))
+    assert picture.count("<circle") == 1
+    assert "nan" not in picture
+
+
+def test_names_in_a_chart_are_escaped() -> None:
+    picture = charts.bars({EVIL + STRANGE: [("one", 1.0)]}, EVIL, "x")
+    assert "<script" not in picture
+    assert "\u202e" not in picture
+
+
+def test_thinned_points_keep_the_first_and_the_last() -> None:
+    points = [(i, float(i)) for i in range(1000)]
+    assert list(thin(points, 7)) == [(i, float(i)) for i in (0, 166, 333, 500, 666, 832, 999)]
+    assert thin(points[:7], 7) == points[:7]
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (words.number(-1.0, 1), "−1.0"),
+        (words.number(1234567.0, 0), "1,234,567"),
+        (words.number(None), "–"),
+        (words.number(math.nan), "–"),
+        (words.significant(0.0), "0"),
+        (words.significant(12.3456), "12.35"),
+        (words.significant(0.000012), "1.200e−05"),
+        (words.significant(123456.7), "123,457"),
+        (words.percent(0.756), "76\u00a0%"),
+        (words.p_value(0.0), "< 0.001"),
+        (words.p_value(0.04), "0.040"),
+        (words.interval({"value": 1.0, "low": None, "high": None}, 1), "1.0"),
+        (words.percents({"value": 0.5, "low": 0.4, "high": 0.6}), "50\u00a0% [40, 60]"),
+        (words.energy(7200.0), "2.00 Wh"),
+        (words.energy(7.2e6), "2.00 kWh"),
+        (words.listed(["a", "b", "c"]), "a, b and c"),
+        (words.shortened("a" * 1010, 10), "aaaaaaaaaa … [1,000 more characters]"),
+    ],
+)
+def test_numbers_for_people(written: str, expected: str) -> None:
+    assert written == expected
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """Every value in a nested structure."""
+    if isinstance(value, dict):
+        for item in value.values():
+            yield from leaves(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from leaves(item)
+    else:
+        yield value
+
+
+def test_the_example_is_as_report_json_is() -> None:
+    assert None in list(leaves(made.evaluation()))  # it tries what is undefined
+    assert json.loads(json.dumps(made.evaluation(), allow_nan=False)) == made.evaluation()
