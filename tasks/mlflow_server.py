@@ -106,7 +106,7 @@ def experiment_id(client: MlflowClient, tracking_uri: str, name: str, columns: C
     if experiment is None or experiment.lifecycle_stage != "active":
         raise RuntimeError(f"the MLflow experiment {name!r} is deleted: restore it, or choose another name")
     tag = f"mlflow.sharedViewState.{VIEW}"
-    if columns and tag not in experiment.tags:
+    if columns and experiment.tags.get(tag) != _view(columns):
         client.set_experiment_tag(experiment.experiment_id, tag, _view(columns))
     return str(experiment.experiment_id)
 

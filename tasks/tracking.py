@@ -20,16 +20,17 @@ PARAMS = (
     "seed", "model.init", "model.path", "model.architecture", "model.layers", "model.width", "model.lora_rank",
     "sft.enabled", "sft.epochs", "sft.batch_size", "sft.learning_rate",
     "reward.enabled", "reward.path", "reward.epochs", "reward.batch_size", "reward.learning_rate", "reward.center",
+    "reward.held_out",
     "ppo.enabled", "ppo.rewards", "ppo.updates", "ppo.episodes", "ppo.epochs", "ppo.minibatches", "ppo.learning_rate",
     "ppo.kl_coef", "ppo.kl_control", "ppo.temperature", "ppo.max_new_tokens", "ppo.clip_range", "ppo.missing_eos",
+    "ppo.best_metric",
     "evaluate.prompts", "evaluate.temperature",
 )  # fmt: skip
 
-# The columns that the table of runs shows, where they exist.
+# The columns that the table of runs shows, where they exist: did it get better, by whose judgement, and at what cost.
 COLUMNS = (
-    "metrics.evaluate/win_rate/gold", "metrics.evaluate/win_rate/reward", "metrics.evaluate/ppo/kl",
-    "metrics.evaluate/ppo/reward", "metrics.evaluate/sft/reward", "metrics.evaluate/ppo/rougeL",
-    "metrics.reward/test_accuracy", "params.ppo.kl_coef", "params.ppo.learning_rate", "params.seed",
+    "params.ppo.kl_coef", "metrics.evaluate/win_rate/held_out", "metrics.evaluate/win_rate_length_controlled/held_out",
+    "metrics.evaluate/ppo/kl", "metrics.evaluate/ppo/reward", "metrics.evaluate/ppo/rougeL", "metrics.ppo/overoptimised",
 )  # fmt: skip
 
 
