@@ -70,6 +70,7 @@ def sources_of(record: RunRecord, store: Store) -> Sources:
     manifests, directories = {}, {}
     for stage, row in record.stages.items():
         directory = store.path(stage, row["key"])
+        manifest: Manifest | None
         try:
             manifest = read_manifest(directory / MANIFEST)
         except ArtifactError:

@@ -14,6 +14,7 @@ import rlhf
 from rlhf import headlines
 from rlhf.report import frontier, making, provenance, results
 from rlhf.report.model import Section, Sources
+from rlhf.report.people import people
 from rlhf.report.samples import samples
 from rlhf.report.verdict import verdict
 from rlhf.report.words import moment, visible
@@ -30,8 +31,8 @@ def page(sources: Sources) -> str:
         began=moment(record.started),
         took=headlines.duration(record.ended - record.started) if record.ended else "",
         verdict=verdict(sources),
-        found=_present(results.metrics(sources), results.comparisons(sources), frontier.overoptimisation(sources),
-                       results.distributions(sources), results.lengths(sources)),
+        found=_present(results.metrics(sources), results.comparisons(sources), people(sources),
+                       frontier.overoptimisation(sources), results.distributions(sources), results.lengths(sources)),
         samples=samples(sources),
         made=_present(making.data(sources), *making.curves(sources), making.reward_model(sources),
                       making.models(sources), making.cost(sources), provenance.config(sources),

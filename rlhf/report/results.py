@@ -77,7 +77,7 @@ def comparisons(sources: Sources) -> Section | None:
     trained_on = sources.evaluation.get("trained_on") or []
     figures = [_wins(one, trained_on) for one in found]
     tables = [_differences(found[0], trained_on)] if found[0].get("scores") else []
-    folded = [Folded(f"{_pair(one)}: all differences", _all_differences(one, trained_on)) for one in found]
+    folded = [Folded(f"{pair_of(one)}: all differences", _all_differences(one, trained_on)) for one in found]
     folded += [Folded("How sure the comparing judges are", [judges])] if (judges := _judges(found)) else []
     words = [
         "How often the first one’s response scores above the other’s to the same prompt; a tie is half a win. "
@@ -86,7 +86,8 @@ def comparisons(sources: Sources) -> Section | None:
     return Section("comparisons", "Comparisons", words, tables, figures, folded)
 
 
-def _pair(one: Mapping[str, Any]) -> str:
+def pair_of(one: Mapping[str, Any]) -> str:
+    """Who is compared with whom."""
     names = ("references" if of == "reference" else str(of).upper() for of in (one["candidate"], one["baseline"]))
     return " against ".join(names)
 
@@ -98,12 +99,12 @@ def _wins(one: Mapping[str, Any], trained_on: Sequence[str]) -> Figure:
         fair = of.get("win_rate_length_controlled")
         shown = score_name(name) if name in scores else name
         look = "proxy" if name in trained_on else "one" if name in scores else "three"
-        second = _three(fair) if fair and fair.get("value") is not None else None
-        dots.append(Dot(shown, look, _three(of.get("win_rate")), percents(of.get("win_rate")), second))
+        second = three(fair) if fair and fair.get("value") is not None else None
+        dots.append(Dot(shown, look, three(of.get("win_rate")), percents(of.get("win_rate")), second))
         shares = (percent(of.get(kind)) for kind in ("wins", "ties", "losses"))
         rows.append((_named(name, trained_on) if name in scores else name, percents(of.get("win_rate")), *shares,
                      percents(fair), p_value(value_of(of.get("p")))))  # fmt: skip
-    title = f"{_pair(one)}: win rate"
+    title = f"{pair_of(one)}: win rate"
     head = ("By", "win rate", "wins", "ties", "losses", "at equal length", "p")
     legend = [("one", "by a score it was not trained on")]
     legend += [("proxy", "by what it was trained on")] if any(name in trained_on for name in scores) else []
@@ -116,9 +117,10 @@ def _wins(one: Mapping[str, Any], trained_on: Sequence[str]) -> Figure:
 def _judges(found: Sequence[Mapping[str, Any]]) -> Table | None:
     """How much comparing judges agree with themselves in the other order; None without judges."""
     rows = [
-        (name, _pair(one), percents(of.get("consistency")), percents(of.get("shown_first_share")))
+        (name, pair_of(one), percent(of.get("consistency")), percent(of.get("shown_first_share")))
         for one in found
         for name, of in (one.get("judges") or {}).items()
+        if "consistency" in of
     ]
     head = ("Judge", "of", "same verdict in both orders", "prefers the response shown first")
     return Table("Each pair is judged in both orders", head, rows, frozenset({1})) if rows else None
@@ -142,7 +144,7 @@ def _differences(one: Mapping[str, Any], trained_on: Sequence[str]) -> Table:
         for name, of in one["scores"].items()
     ]
     head = ("Score", "difference", "p", "effect size", "win rate", "at equal length")
-    return Table(f"{_pair(one)}, prompt by prompt", head, rows)
+    return Table(f"{pair_of(one)}, prompt by prompt", head, rows)
 
 
 def _metric_differences(one: Mapping[str, Any]) -> Table:
@@ -155,10 +157,11 @@ def _metric_differences(one: Mapping[str, Any]) -> Table:
         )
         for name, of in one["metrics"].items()
     ]
-    return Table(f"{_pair(one)}: other metrics", ("Metric", "difference", "p", "effect size"), rows)
+    return Table(f"{pair_of(one)}: other metrics", ("Metric", "difference", "p", "effect size"), rows)
 
 
-def _three(estimate: Mapping[str, Any] | None) -> tuple[float, float, float]:
+def three(estimate: Mapping[str, Any] | None) -> tuple[float, float, float]:
+    """Value and bounds of an estimate, NaN where there is none."""
     value, low, high = (NAN if (v := (estimate or {}).get(k)) is None else float(v) for k in ("value", "low", "high"))
     return value, low, high
 

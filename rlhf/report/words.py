@@ -91,12 +91,12 @@ def value_of(figure: Any) -> Any:
 
 def score_name(metric: str) -> str:
     """What people call a score or a metric."""
-    return "Held-out reward model" if metric == "held_out" else label(metric).name
+    return label(metric).name
 
 
 def in_sentence(name: str) -> str:
     """A name in the middle of a sentence: acronyms stay as they are."""
-    known = {"Reward": "the reward model", "Held-out reward model": "the held-out reward model"}
+    known = {"Reward": "the reward model", "Held-out reward": "the held-out reward model"}
     return known.get(name) or (name if name[:2].isupper() else f"{name[:1].lower()}{name[1:]}")
 
 

@@ -159,7 +159,7 @@ def test_the_summary_comes_first_and_has_its_numbers(text: str) -> None:
     "expected",
     [
         "Reward (trained on)",
-        "brevityPPO against SFT90 % [86, 94]52 % [47, 57]",  # consistency, and preference for what is shown first
+        "brevityPPO against SFT90 %52 %",  # consistency, and preference for what is shown first
         "PPO against references",
         "0.400 [0.380, 0.420] (n = 39)",  # fewer references than prompts
         "demonstrations9,000128,0000988",  # rows read, lost by reason, kept
@@ -477,3 +477,27 @@ def leaves(value: Any) -> Iterator[Any]:
 def test_the_example_is_as_report_json_is() -> None:
     assert None in list(leaves(made.evaluation()))  # it tries what is undefined
     assert json.loads(json.dumps(made.evaluation(), allow_nan=False)) == made.evaluation()
+
+
+def test_what_people_said_is_there(sources: Sources, tmp_path: Path) -> None:
+    path = tmp_path / "verdicts.json"
+    reader = {
+        "candidate": "ppo", "baseline": "sft", "rows": [{"prompt_row": row} for row in range(30)],
+        "win_rate": made.estimate(0.7, 0.15, 30), "wins": 0.6, "ties": 0.2, "losses": 0.2,
+        "agreement": {"reward": made.estimate(0.8, 0.1, 24), "held_out": made.estimate(math.nan, 0.0, 0)},
+    }  # fmt: skip
+    between = {
+        "readers": [EVIL, "bo"],
+        "rows": 28,
+        "agreement": 0.75,
+        "kappa": 0.5,
+        "kappa_low": 0.2,
+        "kappa_high": 0.8,
+    }
+    path.write_text(json.dumps({"run": "x", "readers": {EVIL: reader, "bo": reader}, "between": [between]}))
+    line = Reader(page(dataclasses.replace(sources, verdicts=path))).line
+    assert f"{EVIL}PPO against SFT70 % [55, 85]60 %20 %20 %30" in line
+    assert "Reward80 % [70, 90]80 % [70, 90] Held-out reward––" in line
+    assert f"{EVIL} and bo75 %0.50 [0.20, 0.80]28" in line
+    path.write_text("{damaged")
+    assert "without knowing which policy" not in Reader(page(dataclasses.replace(sources, verdicts=path))).line
