@@ -9,7 +9,8 @@ import math
 import sys
 import textwrap
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -19,7 +20,7 @@ from rlhf import headlines
 from rlhf.artifacts import Store
 from rlhf.errors import ConfigError
 from rlhf.explain import did_you_mean
-from rlhf.labels import label
+from rlhf.labels import LABELS, label
 from rlhf.locations import home_directory
 from rlhf.runs import CHAMPION, RunRecord, find_run, read_runs
 
@@ -57,13 +58,15 @@ HEADLINES = (
     "evaluate/ppo/rougeL", "evaluate/win_rate_length_controlled/held_out", "ppo/overoptimised",
     "evaluate/win_rate/reward", "evaluate/sft/rougeL", "reward/test_accuracy",
 )  # fmt: skip
-NARROWEST, CELL = 100, 12  # columns of a terminal that a table fits in any case, and of a figure with its interval
+MAIN = ("reward", "held_out", "kl", "rougeL", "length_tokens", "perplexity")  # besides scorers
+NARROWEST, CELL, WORDS = 100, 12, 30  # columns of a terminal: of a table in any case, of a heading, of a figure's name
 
 
 def add_diff_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``rlhf diff``, but for ``--home`` and ``--json``."""
     parser.add_argument("a", metavar="A", help=RUN)
     parser.add_argument("b", metavar="B", help="the same, of the other run")
+    parser.add_argument("--all", action="store_true", help="show figures within noise that are not the main ones, too")
 
 
 def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +95,7 @@ def diff(options: argparse.Namespace, console: Console) -> None:
     words = {"same": "the same artifact", "same result": "made anew with the same result", "different": "differs"}
     print_table(("stages", ""), [(", ".join(names), words.get(what, what)) for what, names in became.items()], console)
     _print_changes(runs_compared.changes(a, b), console)
-    _print_figures(runs_compared.compare(a, b), console)
+    _print_figures(runs_compared.compare(a, b), options.all, console)
 
 
 def _named(record: RunRecord) -> str:
@@ -126,23 +129,30 @@ def _value(value: Any) -> str:
     return "(not there)" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
-def _print_figures(figures: Sequence[Compared], console: Console) -> None:
+def _print_figures(figures: Sequence[Compared], everything: bool, console: Console) -> None:
     """The figures of the last policy, win rates and the reward models, with a verdict on each."""
     by_name = {figure.name: figure for figure in figures}
     policy = next((name for name in POLICIES if any(key.startswith(f"evaluate/{name}/") for key in by_name)), "")
-    rows = []
-    for name, words in _shown(by_name, policy).items():
-        figure = by_name[name]
-        if figure.test != "none" or figure.note.startswith("two ") or name in OTHERS:
-            rows.append((words, _figure(figure.a), _figure(figure.b), _figure(figure.difference), _verdict(figure)))
-    if not rows:
+    words = _shown(by_name, policy)
+    shown = [name for name in words if everything or by_name[name].noise is False or _is_main(name)]
+    if not shown:
         console.print("There is no figure that both runs have.")
         return
+    rows = [
+        (
+            textwrap.fill(words[name], WORDS),
+            *(_figure(estimate) for estimate in (by_name[name].a, by_name[name].b, by_name[name].difference)),
+            _verdict(by_name[name]),
+        )
+        for name in shown
+    ]
     print_table((policy.upper() or "figures", "A", "B", "B - A", "more than noise?"), rows, console)
     tested = [figure for figure in figures if figure.test == "prompt by prompt"]
     if tested:
         prompts = max(figure.difference.n for figure in tested)
         console.print(f"* prompt by prompt, on {prompts} prompts that both answered; the others by their intervals.")
+    if len(shown) < len(words):
+        console.print(f"{len(words) - len(shown)} further figures differ by no more than noise; --all shows them.")
     console.print(
         "It is about these two policies on other prompts; another seed gives other policies. Of 20 figures without a "
         "true difference about one is called one.",
@@ -150,17 +160,32 @@ def _print_figures(figures: Sequence[Compared], console: Console) -> None:
     )
 
 
-def _shown(names: Collection[str], policy: str) -> dict[str, str]:
-    """The figures that people look at, with what they are called."""
+def _shown(figures: Mapping[str, Compared], policy: str) -> dict[str, str]:
+    """The figures that people look at, if they can be tested, or would be but for the judge; with what to call them."""
+    from rlhf.runs_compared import NO_INTERVAL
+
     prefix = f"evaluate/{policy}/"
-    found = {
-        name: words.format(name.removeprefix(start))
-        for start, words in WIN_RATES.items()
-        for name in names
-        if name.startswith(start)
-    }
-    found |= {name: label(name.removeprefix(prefix)).name for name in names if policy and name.startswith(prefix)}
-    return found | {name: words for name, words in OTHERS.items() if name in names}
+    found = {name: _win_rate(name) for start in WIN_RATES for name in figures if name.startswith(start)}
+    found |= {name: label(name.removeprefix(prefix)).name for name in figures if policy and name.startswith(prefix)}
+    found |= {name: words for name, words in OTHERS.items() if name in figures}
+    return {name: words for name, words in found.items() if name in OTHERS or figures[name].note != NO_INTERVAL}
+
+
+def _is_main(name: str) -> bool:
+    """Whether a figure is shown even if it is within noise: win rates, scores, and the main ones of ``MAIN``."""
+    if _win_rate(name):
+        return name.startswith(tuple(WIN_RATES)[:2])
+    metric = name.rpartition("/")[2]
+    return name in OTHERS or metric in MAIN or metric not in LABELS
+
+
+def _win_rate(name: str) -> str:
+    """What a win rate is called; empty for another figure."""
+    for start, words in WIN_RATES.items():
+        if name.startswith(start):
+            score = name.removeprefix(start)
+            return words.format(label(score).name.lower() if score in LABELS else score.replace("_", " "))
+    return ""
 
 
 def _figure(estimate: Estimate) -> str:
@@ -172,7 +197,7 @@ def _verdict(figure: Compared) -> str:
     if figure.noise is None:
         return f"not tested: {figure.note}" if figure.name not in OTHERS else ""
     star = "*" if figure.test == "prompt by prompt" else ""
-    p = "" if math.isnan(figure.p) else f" (p {figure.p:.3f})" if figure.p >= 0.001 else " (p < 0.001)"
+    p = "" if math.isnan(figure.p) else f" p {figure.p:.3f}" if figure.p >= 0.001 else " p < 0.001"
     return f"{'no' if figure.noise else 'yes'}{star}{p}"
 
 
@@ -190,23 +215,32 @@ def compare(options: argparse.Namespace, console: Console) -> None:
         made = [_flat(row, chosen or known, bounds=bool(chosen)) for row in rows]
         print(json.dumps(made, indent=1)) if options.json else _write_csv(made)
         return
-    settings = list(dict.fromkeys(name for row in rows for name in row.settings))
     shown = chosen or [name for name in HEADLINES if name in known]
-    taken = sum(1 + _width(name, rows) for name in settings)
-    fitting = shown if chosen else shown[: max(1, (max(console.width, NARROWEST) - 36 - taken) // (CELL + 1))]
-    head = ("run", "began", *map(_setting_heading, settings), *map(_heading, fitting))
-    cells = [
-        (
-            row.record.id,
-            time.strftime("%d %b %H:%M", time.localtime(row.record.started)),
-            *(_value(row.settings[name]) if name in row.settings else "" for name in settings),
-            *(headlines.value(row.metrics, name, "\n") for name in fitting),
-        )
-        for row in rows
+    columns = [
+        ["run", *(row.record.id for row in rows)],
+        ["began", *(time.strftime("%d %b %H:%M", time.localtime(row.record.started)) for row in rows)],
     ]
+    for name in dict.fromkeys(name for row in rows for name in row.settings):
+        columns.append([name.replace(".", ".\n"), *(_value(row.settings.get(name, "")) for row in rows)])
+    figures = [[_heading(name), *(headlines.value(row.metrics, name, "\n") for row in rows)] for name in shown]
+    fitting = figures if chosen else _fitting(figures, max(console.width, NARROWEST) - 1 - sum(map(_width, columns)))
+    head, *cells = zip(*columns, *fitting, strict=True)
     print_table(head, cells, console)
-    if others := [name for name in shown if name not in fitting]:
+    if others := shown[len(fitting) :]:
         console.print(f"There are also {', '.join(others)}: --metrics chooses, --csv has all.", soft_wrap=True)
+
+
+def _fitting(columns: Sequence[list[str]], width: int) -> list[list[str]]:
+    """The first columns that are together no wider than that; at least one."""
+    ends = accumulate(map(_width, columns))
+    return [
+        column for number, (column, end) in enumerate(zip(columns, ends, strict=True)) if end <= width or not number
+    ]
+
+
+def _width(column: Sequence[str]) -> int:
+    """What a column takes of a terminal, with the blanks around it."""
+    return 2 + max(len(line) for cell in column for line in cell.split("\n"))
 
 
 def _records(options: argparse.Namespace, store: Store) -> list[RunRecord]:
@@ -265,23 +299,9 @@ def _write_csv(rows: Sequence[Mapping[str, Any]]) -> None:
     writer.writerows({name: _value(value) if value is not None else "" for name, value in row.items()} for row in rows)
 
 
-def _width(setting: str, rows: Sequence[Row]) -> int:
-    """Columns of a terminal that a setting takes."""
-    cells = [_value(row.settings[setting]) for row in rows if setting in row.settings]
-    return max(map(len, [*cells, *_setting_heading(setting).split("\n")]))
-
-
-def _setting_heading(name: str) -> str:
-    """A setting's name, broken at its dots."""
-    return name.replace(".", ".\n")
-
-
 def _heading(name: str) -> str:
     """What a figure is called at the head of a column: in lines that are no wider than the figures."""
-    words = OTHERS.get(name, name.replace("/", "/ "))
-    for start, form in WIN_RATES.items():
-        if name.startswith(start):
-            words = form.format(name.removeprefix(start).replace("_", " "))
+    words = _win_rate(name) or OTHERS.get(name, name.replace("/", "/ "))
     policy, _, metric = name.removeprefix("evaluate/").partition("/")
     if policy in POLICIES and metric:
         words = f"{policy.upper()} {label(metric).name}"

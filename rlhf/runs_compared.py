@@ -32,6 +32,7 @@ PARTS: tuple[tuple[str, Kind], ...] = (
     ("config.", "config"), ("code ", "code"), ("function ", "code"), ("library ", "libraries"),
     ("model.path", "models"), ("judge.model.path", "models"), ("reward.path", "models"),
 )  # fmt: skip
+NO_INTERVAL = "it has no interval"
 SHARED = 0.5  # of the smaller run's prompts must be the other's too, for a comparison prompt by prompt
 
 
@@ -211,7 +212,7 @@ def _compared(name: str, a: Side, b: Side, pairing: tuple[Rows, Rows] | None) ->
                 name, one, other, difference, "prompt by prompt", bool(p > 1 - sure["confidence"]), p, effect
             )
     if any(math.isnan(bound) for estimate in (one, other) for bound in (estimate.low, estimate.high)):
-        return Compared(name, one, other, plain, "none", None, note="it has no interval")
+        return Compared(name, one, other, plain, "none", None, note=NO_INTERVAL)
     difference = _independent(one, other)
     return Compared(name, one, other, difference, "by the intervals", difference.low <= 0 <= difference.high)
 

@@ -65,10 +65,10 @@ def test_diff_for_people(rlhf: Rlhf, two: Path) -> None:
     assert any(line.startswith("prepare the same artifact") for line in lines)
     assert any(line == "settings ppo.kl_coef: 0.4 -> 0.1 ppo" for line in lines)
     verdicts = {line.split()[0]: line for line in lines if line}
-    assert verdicts["Gold"].endswith("yes* (p 0.005)")
-    assert verdicts["ROUGE-L"].endswith("no* (p 1.000)")
+    assert verdicts["Gold"].endswith("yes* p 0.005")
+    assert verdicts["ROUGE-L"].endswith("no* p 1.000")
     assert "not tested:" in verdicts["Reward"]
-    assert any(line.startswith("win rate by held_out 0.700 0.700") for line in lines)
+    assert any(line.startswith("win rate by held-out reward 0.700 0.700") for line in lines)
     assert "* prompt by prompt, on 40 prompts that both answered" in out
 
 
