@@ -15,11 +15,13 @@ from rich.console import Console
 
 from flows.summary import print_table
 from rlhf import policies
+from rlhf.artifacts import Store
 from rlhf.config import PipelineConfig, Resources
 from rlhf.errors import ConfigError, DataError
 from rlhf.policies import Place, Trained
 from rlhf.settings import load
 from rlhf.stores import open_store
+from tasks.mlflow_server import tracking_uri
 
 if TYPE_CHECKING:
     from rlhf.generate import Response, Sampling
@@ -28,14 +30,16 @@ ABOUT = (
     "Compare the base, SFT and PPO policies of a pipeline on your prompts, with a score where there is a reward. "
     "Prompts are taken as they are: without --template, data.prompt_template is not applied."
 )
+SCHEME = "models:/"
 Answers = dict[str, list["Response"]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command, but ``--home`` and ``--json``."""
     parser.add_argument(
-        "source", nargs="*", metavar="PRESET|FILE|MODEL_DIR",
-        help="preset or YAML file (default: demo), or directories of models, which are compared with each other",
+        "source", nargs="*", metavar="PRESET|FILE|MODEL",
+        help="preset or YAML file (default: demo), or models, which are compared with each other: directories, or "
+        "registered ones such as models:/demo@champion",
     )  # fmt: skip
     parser.add_argument("--run", metavar="RUN_ID", help="the policies of this run (rlhf runs lists them)")
     parser.add_argument("--size", help="a size that the preset offers, such as smoke")
@@ -77,17 +81,17 @@ def generate(options: argparse.Namespace, console: Console) -> None:
 def _sources(options: argparse.Namespace) -> tuple[PipelineConfig | None, Trained]:
     """The configuration, unless directories of models are named; and the models."""
     store = open_store(options.home)
-    directories = [name for name in options.source if (Path(name) / "config.json").is_file()]
+    named = [name for name in options.source if name.startswith(SCHEME) or (Path(name) / "config.json").is_file()]
     pipeline_options = options.run or options.size or options.set or options.template
-    if directories:
-        if others := [name for name in options.source if name not in directories]:
+    if named:
+        if others := [name for name in options.source if name not in named]:
             raise ConfigError(
-                f"{others[0]!r} is no directory with a config.json, but {directories[0]!r} is one; name models, or one "
+                f"{others[0]!r} is no directory with a config.json, but {named[0]!r} is a model; name models, or one "
                 "preset or file"
             )
         if pipeline_options:
             raise ConfigError("--run, --size, --set and --template are for pipelines; leave them out, or the models")
-        return None, Trained({name: Place(name) for name in directories})
+        return None, Trained({name: _place(store, name) for name in named})
     if options.run:
         if options.source or options.size or options.set:
             raise ConfigError("--run says all; leave out the preset or file, --size and --set")
@@ -96,6 +100,15 @@ def _sources(options: argparse.Namespace) -> tuple[PipelineConfig | None, Traine
         raise ConfigError(f"{' '.join(options.source)}: name one preset or file, or directories of models")
     config = load(*options.source, size=options.size, overrides=options.set or [])
     return config, policies.of_pipeline(config, store)
+
+
+def _place(store: Store, name: str) -> Place:
+    """Where a model is that is named by its directory, or as a registered one of MLflow."""
+    if not name.startswith(SCHEME):
+        return Place(name)
+    from tasks.registry import directory
+
+    return Place(str(directory(store, name, tracking_uri(None, store.home))))
 
 
 def _sampling(options: argparse.Namespace, config: PipelineConfig | None) -> Sampling:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHAMPION = "champion"  # alias
-SCHEME = "models:/"
 
 
 # ------------------------------------------------------------------------------------------------------------- telling

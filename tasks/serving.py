@@ -91,9 +91,14 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow is
         return responses
 
     def _score(self, texts: Sequence[str], options: Mapping[str, Any]) -> list[float]:
-        """(logit - score_mean) / score_std, read at the end-of-sequence that ends every text, as in training."""
-        eos = self.tokenizer.eos_token
-        ids = self.tokenizer([text if text.endswith(eos) else text + eos for text in texts])["input_ids"]
+        """(logit - score_mean) / score_std, read at the end-of-sequence that ends every text, as in training.
+
+        Encoders and T5 add their end themselves, and get no second one.
+        """
+        ends = {self.eos, self.tokenizer.sep_token_id}
+        texts = [text.removesuffix(self.tokenizer.eos_token) for text in texts]
+        bare: list[list[int]] = self.tokenizer(texts)["input_ids"]
+        ids = [row if row and row[-1] in ends else [*row, self.eos] for row in bare]
         config = self.model.config
         config.pad_token_id = self._filler  # a causal classifier reads the last token that is not this
         logits = self.model(**self._padded(ids, left=False)).logits[:, 0].float()

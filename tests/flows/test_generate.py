@@ -22,6 +22,9 @@ from rlhf.policies import MODELS, Place
 from rlhf.random_weights import random_model
 from rlhf.runs import RunRecord
 from rlhf.settings import load
+from tasks.journal import RunJournal
+from tasks.mlflow_server import default_uri
+from tasks.mlflow_sync import ship
 
 Rlhf = Callable[..., tuple[int, str, str]]
 WORDS = ["ant bee cat", "dog eel fox"]
@@ -191,9 +194,32 @@ def test_what_is_missing_and_what_is_old_is_said(rlhf: Rlhf, done: Any, tmp_path
     assert json.loads(out)["notes"][0] == "ppo: missing (artifact missing)"
 
 
+def test_a_registered_model_answers(rlhf: Rlhf, done: Any, tmp_path: Path) -> None:
+    home, place = tmp_path / "home", tmp_path / "home/store/ppo" / done["ppo"] / "model"
+    digest = Store(home).open("ppo", done["ppo"]).parts["model"]
+    with RunJournal.open(home / "runs" / "20260101-run") as journal:
+        journal.start("tiny", experiment="rlhf")
+        journal.register(
+            "pipeline", "tiny", name="ppo-model", path=place, digest=digest, kind="ppo", about="", note="",
+            tags={"rlhf.stage": "ppo", "rlhf.key": done["ppo"]},
+        )  # fmt: skip
+    assert ship(home / "runs" / "20260101-run", default_uri(home)).complete
+    names = ["models:/tiny@candidate", "models:/tiny/1", str(place)]
+    code, out, error = rlhf(*names, "--prompt", "ant", "--max-new-tokens", "8", "--json")
+    assert code == 0, error
+    found = json.loads(out)
+    assert found["policies"] == dict.fromkeys(names, str(place))
+    assert len({response["text"] for response in found["samples"][0]["responses"].values()}) == 1
+    code, out, error = rlhf("models:/tiny@champion", "--prompt", "ant")
+    assert (code, out) == (2, "")
+    assert "'tiny' has no alias 'champion'; it has: @candidate" in error
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["models:/tiny@champion", "--prompt", "a"], "there is no MLflow store"),
+        (["models:/tiny@champion", "tiny.yaml", "--prompt", "a"], "name models, or one preset or file"),
         (["tiny.yaml", "--prompt", "a"], "has no policy yet: prepare: missing (never run)"),
         (["--run", "no-such", "--prompt", "a"], "there is no run 'no-such'"),
         (["--run", "x", "tiny.yaml", "--prompt", "a"], "--run says all"),

@@ -253,8 +253,12 @@ def test_cache_verbs(done: Rlhf, home: Path) -> None:
 
 def test_gc_keeps_the_champion(done: Rlhf, home: Path) -> None:
     held = {path.parent.name: path.name for path in (home / "store").glob("*/*")}
-    champion.write(home, "champions", "demo", Contender("run", held, {}))
+    champion.promote(home, "demo", Contender("run", held), over=None, who="ann", why=())
     assert done("run", "--set", "ppo.kl_coef=0.1")[0] == 0
+    assert done("cache", "gc", "--keep", "1")[:2] == (0, "0 deleted, freed 0 B\n")
+    # Another one takes its place: one can go back, so that it stays nevertheless.
+    other = Contender("other", held | {"ppo": "x", "evaluate": "y"})
+    champion.promote(home, "demo", other, over=Contender("run", held), who="ann", why=())
     assert done("cache", "gc", "--keep", "1")[:2] == (0, "0 deleted, freed 0 B\n")
     (home / "champions" / "demo.json").write_text("{}")
     code, out, error = done("cache", "gc", "--keep", "1")

@@ -14,12 +14,21 @@ import torch
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from tokenizers import ByteLevelBPETokenizer
-from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
+from rlhf import models
+from rlhf.rewards import RewardModel
 from tasks.journal import RunJournal
 from tasks.mlflow_files import log_model
 from tasks.mlflow_server import connect, default_uri
 from tasks.mlflow_sync import ship
+from tests.rlhf.conftest import TinyBert
 
 PROMPTS = ["The pool is closed on Monday.", "Hi", "A parcel came: it is at the desk in the hall"]
 RESPONSES = [" Closed Monday.", " Hello", " Parcel at the desk."]
@@ -148,6 +157,19 @@ def test_a_reward_model_gives_the_logit_normalised(
     texts = [prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
     assert model.predict(texts) == pytest.approx(expected, abs=1e-5)
     assert len({round(score, 3) for score in expected}) == len(PROMPTS)
+
+
+def test_an_encoder_reads_what_it_read_in_training(store: str, tmp_path: Path) -> None:
+    """Its tokenizer ends a text with [SEP] itself; another end would be a token that it never saw."""
+    path = TinyBert(tmp_path)(BertForSequenceClassification, num_labels=1, score_mean=0.3, score_std=0.5)
+    prompts, responses = ["one ant", "two", "three bee cat"], [" a bb", " ccc .", " dog"]
+    scorer = RewardModel(models.load_reward_model(path).eval(), models.load_tokenizer(path))
+    expected = scorer(prompts, responses, {})
+    served = load(store, path, "encoder-digest", "reward")
+    assert served.predict(pd.DataFrame({"prompt": prompts, "response": responses})) == pytest.approx(expected, abs=1e-5)
+    assert len({round(score, 3) for score in expected}) == len(prompts)
+    [plain] = served.predict(["one ant"])
+    assert served.predict(["one ant[SEP]"]) == pytest.approx([plain], abs=1e-6)
 
 
 def test_what_it_cannot_answer_is_refused_in_words(

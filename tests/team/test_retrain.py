@@ -16,6 +16,18 @@ from tests.team.conftest import Up, wait_for
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
+# It likes best whom it meets last: of base, SFT and PPO the last one; of PPO and a champion the champion.
+JUDGE = """
+import itertools
+
+calls = itertools.count()
+
+def later(prompts, responses):
+    call = next(calls)
+    return [call + 0.1 * (row % 2) for row in range(len(responses))]
+"""
+
+
 def deploy(up: Up, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "flows.cli", "deploy", str(folder / "nightly.yaml"), *arguments],
@@ -31,6 +43,7 @@ def project(tmp_path: Path) -> Path:
     """A configuration of one's own, with data that can change."""
     rows = [{"prompt": f"What is {i} plus {i}?", "response": f"It is {2 * i}."} for i in range(60)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "judge.py").write_text(JUDGE)
     (tmp_path / "nightly.yaml").write_text("""\
 name: nightly
 data: {demonstrations: data.jsonl, validation_fraction: 0.2, test_fraction: 0.3}
@@ -39,8 +52,8 @@ sft: {max_steps: 2, batch_size: 4}
 judge: off
 reward: off
 ppo: {rewards: {brevity: 1.0}, updates: 1, episodes: 4, max_new_tokens: 4}
-evaluate: {prompts: 4, max_new_tokens: 4, bootstrap: 20, scorers: {brief: brevity}}
-promotion: {metric: evaluate/ppo/brief}
+evaluate: {prompts: 4, max_new_tokens: 4, bootstrap: 20, scorers: {later: "judge.py:later"}}
+promotion: {judge: later, min_prompts: 2, kl_budget: null, rouge_floor: null}
 resources: {threads: 1}
 """)
     return tmp_path
@@ -73,7 +86,9 @@ def test_a_schedule_retrains_when_there_is_something_new(up: Up, project: Path, 
     [first] = wait_for(lambda: runs(up, nightly["id"], "Promoted"), "the first retraining")
     assert first["auto_scheduled"]
     assert "there is no champion yet" in first["state"]["message"]
-    held = json.loads((up.home / "champions" / "nightly.json").read_text())
+    assert "later: 2.05 of the candidate, 1.05 of the policy before it, sft" in first["state"]["message"]
+    [change] = json.loads((up.home / "champions" / "nightly.json").read_text())["changes"]
+    held = change["champion"]
     assert set(held["keys"]) == {"prepare", "sft", "ppo", "evaluate"}
 
     [quiet, *_] = wait_for(lambda: runs(up, nightly["id"], "Nothing new"), "a retraining without news")
@@ -82,10 +97,30 @@ def test_a_schedule_retrains_when_there_is_something_new(up: Up, project: Path, 
 
     with (project / "data.jsonl").open("a") as file:
         file.write(json.dumps({"prompt": "What is new?", "response": "This row."}) + "\n")
-    later = wait_for(
-        lambda: runs(up, nightly["id"], "Promoted")[1:] + runs(up, nightly["id"], "Refused"), "one of the new data"
-    )
-    assert "prepare: data.demonstrations[0] data.jsonl" in later[0]["state"]["message"]
+    [later] = wait_for(lambda: runs(up, nightly["id"], "Refused"), "one of the new data")
+    assert "prepare: data.demonstrations[0] data.jsonl" in later["state"]["message"]
+    assert f"3.05 of the champion, run {held['run_id']}; the difference -1 is not surely" in later["state"]["message"]
+
+
+def test_a_person_approves_in_the_ui(up: Up, project: Path) -> None:
+    more = ("--set", "promotion.approval=true", "--set", "name=asked")
+    done = deploy(up, project, "--cron", "0 0 1 1 *", *more)
+    assert done.returncode == 0, done.stderr
+    try:
+        run = up.submit("retrain/asked")
+        wait_for(lambda: up.state(run) == "PAUSED", "the question")
+        form = {"promote": True, "who": "eve", "why": "read them"}
+        answer = up.api("POST", f"flow_runs/{run}/resume", run_input=form)
+        assert answer["status"] == "ACCEPT", answer
+        assert up.finish(run) == "COMPLETED"
+        state = up.api("GET", f"flow_runs/{run}")["state"]
+        assert state["name"] == "Promoted"
+        assert "approved by eve in Prefect's UI: read them" in state["message"]
+        [change] = json.loads((up.home / "champions" / "asked.json").read_text())["changes"]
+        assert change["who"] == "eve"
+    finally:
+        for name in ("retrain/asked", "pipeline/asked"):
+            up.api("DELETE", f"deployments/{up.deployment(name)['id']}")
 
 
 @pytest.mark.parametrize("nightly", ["0 0 1 1 *"], indirect=True)  # no run but those of the test
