@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rlhf.metrics import text
 from rlhf.metrics.text import References
 
+Number = TypeVar("Number", bound=np.generic)
 Floats = NDArray[np.float64]
 
 WORTH_A_PROCESS = 1_000_000  # characters of predictions: some 10 s of work, where a process takes 2 s to begin
@@ -107,7 +108,7 @@ def _worker(question: IO[bytes], answer: IO[bytes]) -> subprocess.Popen[bytes]:
     )
 
 
-def _woven(parts: list[NDArray[np.generic]]) -> NDArray[np.generic]:
+def _woven(parts: list[NDArray[Number]]) -> NDArray[Number]:
     """Rows taken in turn from each part, as the examples were dealt out."""
     whole = np.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype)
     for first, part in enumerate(parts):

@@ -208,9 +208,10 @@ def _character_grams(text: str) -> list[Counter[str]]:
 
 
 def _shared(found: list[Counter[str]], wanted: list[Counter[str]]) -> list[int]:
-    counts = []
+    counts: list[int] = []
     for have, want in zip(found or [Counter()] * len(wanted), wanted, strict=True):
-        counts += [have.total() if want else 0, want.total(), (have & want).total()]
+        both = sum(min(count, want[gram]) for gram, count in have.items() if gram in want)
+        counts += [have.total() if want else 0, want.total(), both]
     return counts
 
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
-import socket
+import re
+from itertools import zip_longest
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from sacrebleu.metrics import BLEU, CHRF
 
 from rlhf import metrics
 
 CAT = "the cat sat on the mat"
+WORDS = ["a", "b", "the", "cat", "cats.", "Running", "runs!", "sat,", "3", "é", "好"]
+TEXT = st.lists(st.sampled_from(WORDS), max_size=14).map(" ".join)
 
 
 @pytest.mark.parametrize(
@@ -104,67 +111,151 @@ def test_meteor(prediction: str, reference: str, expected: float) -> None:
     assert metrics.meteor([prediction], [reference])[0] == pytest.approx(expected, abs=5e-5)
 
 
-@pytest.mark.parametrize("text", ["", " ", "\n", "!", "a", "x" * 5000, "你好 世界", "\ud83d", "<b>", "1 2", "\x00"])
-def test_odd_responses_have_a_number(text: str) -> None:
-    values = {**metrics.rouge([text], [CAT]), "meteor": metrics.meteor([text], [CAT])}
-    values["bleu"] = metrics.sentence_bleu(metrics.bleu_statistics([text], [CAT]))
-    assert all(0 <= value[0] <= 100 for value in values.values())
-    assert metrics.word_lengths([text])[0] == len(text.split())
+def test_published_values_with_several_references() -> None:
+    """The README of sacrebleu, of rouge_score the test of its score_multi, the documentation of nltk."""
+    predictions = ["The dog bit the man.", "It wasn't surprising.", "The man had just bitten him."]
+    references = [
+        ["The dog bit the man.", "The dog had bit the man."],
+        ["It was not unexpected.", "No one was surprised."],
+        ["The man bit him first.", "The man had bitten the dog."],
+    ]
+    bleu = metrics.bleu_statistics(predictions, references)
+    assert metrics.corpus_bleu(bleu) == pytest.approx(48.530827, abs=5e-7)
+    assert bleu.sum(axis=0)[:2].tolist() == [17, 18]
+    assert metrics.corpus_chrf(metrics.chrf_statistics(predictions, references)) == pytest.approx(59.73, abs=5e-3)
+    fewer = [["", "The dog had bit the man."], *references[1:]]
+    assert metrics.corpus_bleu(metrics.bleu_statistics(predictions, fewer)) == pytest.approx(29.44, abs=5e-3)
+    rouge = metrics.rouge(["text first"], [["first text", "first something"]])
+    assert [rouge[name][0] for name in ("rouge1", "rouge2", "rougeL")] == [1, 0, 0.5]
+    guide = "It is a guide to action which ensures that the military always obeys the commands of the party"
+    others = [
+        "It is the guiding principle which guarantees the military forces always being under the command of the Party",
+        "It is a guide to action that ensures that the military will forever heed Party commands",
+        "It is the practical guide for the army always to heed the directions of the party",
+    ]
+    assert metrics.meteor([guide], [others])[0] == pytest.approx(0.6944, abs=5e-5)
 
 
-@pytest.mark.parametrize("text", ["", "  \n "])
-def test_an_empty_reference_leaves_every_metric_undefined(text: str) -> None:
-    values = metrics.text_metrics().compute(predictions=["a"], references=[text])
-    assert all(math.isnan(value) for value in values.values())
-
-
-def test_rouge_is_undefined_for_a_reference_in_another_script_and_the_others_are_not() -> None:
-    values = metrics.text_metrics().compute(predictions=["你好 世界"], references=["你好 世界"])
-    assert math.isnan(values["rouge1"])
-    assert values["sentence_bleu"] == pytest.approx(100)
-    assert values["meteor"] == pytest.approx(1 - 0.5 / 8)
-
-
-def test_evaluate_metrics_are_the_same_numbers_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_network(*args: object, **kwargs: object) -> None:
-        raise AssertionError("a metric opened a socket")
-
-    monkeypatch.setattr(socket, "socket", no_network)
-    predictions, references = [CAT, "a dog", ""], [CAT, "a dog barks", ""]
-    combined = metrics.text_metrics()
-    means = combined.compute(predictions=predictions, references=references)
-    rows = combined.compute(predictions=predictions, references=references, per_example=True)
-    assert set(means) == {*metrics.ROUGE, "bleu", "sentence_bleu", "meteor"}
-    assert means["rougeL"] == pytest.approx((1 + 0.8) / 2)  # the empty reference is left out
-    assert means["bleu"] == pytest.approx(metrics.corpus_bleu(metrics.bleu_statistics(predictions, references)))
-    for name, values in rows.items():
-        assert len(values) == 3
-        assert means[name] == pytest.approx(np.nanmean(values))
+def test_of_several_references_the_best_counts_and_bleu_takes_the_closest_length() -> None:
+    references = ["the dog sat", CAT, ""]
+    for name, values in metrics.text_scores([CAT], [references]).items():
+        assert values[0] == metrics.text_scores([CAT], [CAT])[name][0], name
+    row = metrics.bleu_statistics(["a b c"], [["a x", "b c d e", "c"]])[0]
+    assert row.tolist() == [3, 2, 3, 1, 0, 0, 3, 2, 1, 0]  # of lengths 2 and 4, both one away, the shorter
+    each_best = metrics.rouge(["a b c d"], [["a b", "d c b a"]])
+    assert (each_best["rouge1"][0], each_best["rouge2"][0]) == (1, pytest.approx(2 / 4))
 
 
 @pytest.mark.parametrize(
-    ("texts", "order", "expected"),
+    ("prediction", "reference", "expected"),
     [
-        (["a b a", "a c"], 1, 3 / 5),
-        (["a b a", "a b"], 2, 2 / 3),  # an n-gram does not cross from one text into the next
-        (["A a!"], 1, 1 / 2),
-        (["a", "b"], 2, math.nan),
-        (["", "你好"], 1, 1.0),
+        # sacrebleu's own tests; its chrF leaves out orders that a text is too short for
+        ("a", "a", 100.0),
+        ("", "reference", 0.0),
+        ("a b c", "abc", 100.0),
+        ("aa", "ab", 25.0),  # 1 of 2 characters, 0 of 1 pairs: P and R are 1/4
+        ("abcdefg", "hijklmnop", 0.0),
+        # precision (3/4 + 2/3 + 1/2 + 0) / 4, recall (3/5 + 2/4 + 1/3 + 0/2) / 4; order 5 is in the reference alone
+        ("abcx", "abcde", 100 * 5 * (23 / 48) * (43 / 120) / (4 * 23 / 48 + 43 / 120)),
+        ("Ab", "ab", 25.0),  # case matters
     ],
 )
-def test_distinct(texts: list[str], order: int, expected: float) -> None:
-    value = metrics.distinct(texts, order)(np.ones((1, len(texts)), dtype=np.int64))
-    assert value.tolist() == pytest.approx([expected], nan_ok=True)
+def test_sentence_chrf(prediction: str, reference: str, expected: float) -> None:
+    assert metrics.sentence_chrf(metrics.chrf_statistics([prediction], [reference]))[0] == pytest.approx(expected)
 
 
-def test_distinct_of_a_resample_equals_distinct_of_its_texts() -> None:
-    texts = ["a b c", "a b", "d e f d", ""]
-    weights = np.array([[2, 0, 1, 1], [0, 3, 0, 1], [1, 1, 1, 1]])
-    for order in (1, 2):
-        expected = [
-            metrics.distinct([t for t, k in zip(texts, row, strict=True) for _ in range(k)], order)
-            for row in weights.tolist()
-        ]
-        ones = np.ones((1, 4), dtype=np.int64)
-        plain = [float(statistic(ones)[0]) for statistic in expected]
-        assert metrics.distinct(texts, order)(weights).tolist() == pytest.approx(plain)
+def test_corpus_chrf_pools_counts() -> None:
+    statistics = metrics.chrf_statistics(["a", "b"], ["a", "c"])
+    assert metrics.corpus_chrf(statistics) == pytest.approx(50)  # 1 of 2 characters; sacrebleu's own test
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(TEXT, st.lists(TEXT.filter(str.strip), min_size=1, max_size=3)), min_size=1, max_size=4))
+def test_bleu_and_chrf_are_sacrebleus(examples: list[tuple[str, list[str]]]) -> None:
+    predictions, references = map(list, zip(*examples, strict=True))
+    bleu, chrf = metrics.bleu_statistics(predictions, references), metrics.chrf_statistics(predictions, references)
+    sentence = BLEU(effective_order=True)
+    for row, (prediction, given_) in enumerate(examples):
+        expected = sentence.sentence_score(prediction, given_).score
+        assert metrics.sentence_bleu(bleu)[row] == pytest.approx(expected)
+        assert metrics.sentence_chrf(chrf)[row] == pytest.approx(CHRF().sentence_score(prediction, given_).score)
+    columns = list(zip_longest(*references))  # sacrebleu wants the first reference of each, then the second
+    assert metrics.corpus_bleu(bleu) == pytest.approx(BLEU().corpus_score(predictions, columns).score)
+    assert metrics.corpus_chrf(chrf) == pytest.approx(CHRF().corpus_score(predictions, columns).score)
+
+
+@settings(deadline=None)
+@given(TEXT, st.lists(TEXT.filter(lambda text: re.search("[a-z0-9]", text) is not None), min_size=1, max_size=3))
+def test_rouge_is_rouge_scores(prediction: str, references: list[str]) -> None:
+    scorer = RougeScorer(list(metrics.ROUGE), use_stemmer=True)
+    lines = [re.sub(r"(?<=[.!?])\s+", "\n", text) for text in (prediction, *references)]
+    expected = scorer.score_multi(lines[1:], lines[0])
+    for name, values in metrics.rouge([prediction], [references]).items():
+        assert values[0] == pytest.approx(expected[name].fmeasure), name
+
+
+def test_lengths_against_a_target() -> None:
+    texts, targets = ["one two", "one two", "", "one"], [2, 5, 0, None]
+    assert metrics.length_error(texts, targets).tolist() == pytest.approx([0, 3, 0, math.nan], nan_ok=True)
+    assert metrics.length_exact(texts, targets).tolist() == pytest.approx([1, 0, 1, math.nan], nan_ok=True)
+
+
+ODD = [
+    "",
+    " ",
+    "\n",
+    "!",
+    "a",
+    "x" * 5000,
+    "你好 世界",
+    "שלום",
+    "नमस्ते दुनिया",
+    "🦊",
+    "\ud83d",
+    "<b>",
+    "<skipped>",
+    "1 2",
+    "\x00",
+]
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_odd_responses_have_a_number(text: str) -> None:
+    for name, values in metrics.text_scores([text], [CAT]).items():
+        assert 0 <= values[0] <= 100, name
+    assert metrics.word_lengths([text])[0] == len(text.split())
+
+
+@pytest.mark.parametrize("text", ODD)
+def test_odd_references_have_a_number_or_nan(text: str) -> None:
+    scores = metrics.score_texts([CAT, text, ""], [text, text, text])
+    for name, values in scores.values.items():
+        assert values.shape == (3,)
+        assert ((values >= 0) & (values <= 100 + 1e-9) | np.isnan(values)).all(), name
+    for value in (metrics.corpus_bleu(scores.bleu), metrics.corpus_chrf(scores.chrf)):
+        assert math.isnan(value) or 0 <= value <= 100 + 1e-9
+
+
+def test_texts_of_ten_thousand_words() -> None:
+    generator = np.random.default_rng(0)
+    words = [f"w{number}" for number in range(500)]
+    text, reference = (" ".join(generator.choice(words, 10_000)) for _ in range(2))
+    perfect = {**dict.fromkeys(metrics.ROUGE, 1), "sentence_bleu": 100, "sentence_chrf": 100, "meteor": 1}
+    for name, values in metrics.text_scores([text, reference], [reference, reference]).items():
+        assert values[1] == pytest.approx(perfect[name]), name
+        assert 0 < values[0] < 0.99 * perfect[name], name
+
+
+@pytest.mark.parametrize("references", ["", "  \n ", [], ["", " "]])
+def test_without_a_reference_every_metric_is_undefined(references: str | list[str]) -> None:
+    scores = metrics.score_texts(["a"], [references])
+    assert all(math.isnan(values[0]) for values in scores.values.values())
+    assert math.isnan(metrics.corpus_bleu(scores.bleu))
+    assert math.isnan(metrics.corpus_chrf(scores.chrf))
+
+
+def test_rouge_is_undefined_for_a_reference_in_another_script_and_the_others_are_not() -> None:
+    values = {name: value[0] for name, value in metrics.text_scores(["你好 世界"], ["你好 世界"]).items()}
+    assert all(math.isnan(values[name]) for name in metrics.ROUGE)
+    assert (values["sentence_bleu"], values["sentence_chrf"]) == pytest.approx((100, 100))
+    assert values["meteor"] == pytest.approx(1 - 0.5 / 8)
