@@ -128,6 +128,20 @@ def odd(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     return [sum(ord(c) % 2 for c in response) / (len(response) + 1) for response in responses]
 
 
+def even(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """A judge: the share of characters with an even code, and noise from the global generators."""
+    share = [sum(ord(c) % 2 == 0 for c in response) / (len(response) + 1) for response in responses]
+    return [value + 0.01 * torch.rand(1).item() for value in share]
+
+
+def words(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """A judge: the number of words."""
+    return [float(len(response.split())) for response in responses]
+
+
+JUDGES: dict[str, Callable[..., list[float]]] = {"even": even, "words": words}
+
+
 def settings(**changes: Any) -> Settings:
     """A small section ``ppo``."""
     small: dict[str, Any] = {
@@ -200,9 +214,10 @@ def new_trainer(
     lora: int = 0,
     separate_pad: bool = True,
     reward: Callable[..., Sequence[float]] = odd,
+    judges: Sequence[str] = (),
     **changes: Any,
 ) -> Trainer:
-    """A trainer, always with the same initial weights; ``changes`` are to its settings."""
+    """A trainer, always with the same initial weights; ``changes`` are to its settings, ``judges`` of ``JUDGES``."""
     chosen, tokens = settings(**changes), tokenizer(separate_pad)
     model: Any = policy_model(architecture)
     torch.manual_seed(2)
@@ -218,6 +233,7 @@ def new_trainer(
         rewards=Rewards({"odd": (1.0, FunctionScorer(reward, "odd"))}),
         prompts=Prompts(WORDS, tokens(WORDS)["input_ids"], {"id": list(range(len(WORDS)))}),
         held_out=Prompts(WORDS[::-1], tokens(WORDS[::-1])["input_ids"], {"id": list(range(len(WORDS)))}),
+        judges={name: FunctionScorer(JUDGES[name], name) for name in judges},
         tokenizer=tokens,
         accelerator=Accelerator(cpu=True),
         tracker=Recorder(),

@@ -17,7 +17,7 @@ from rlhf import checkpoints
 
 SCRIPT = Path(__file__).with_name("one_of_two.py")
 OF_ONE_PROCESS = ("ppo/seconds", "ppo/tokens_per_second", "ppo/peak_memory_bytes")
-CHANGES: dict[str, Any] = {"whiten_rewards": True, "scale_scores": True, "eval_every": 1}
+CHANGES: dict[str, Any] = {"whiten_rewards": True, "scale_scores": True, "eval_every": 1, "judges": ["words"]}
 
 
 @pytest.mark.slow

@@ -48,6 +48,7 @@ EVERYTHING: dict[str, Any] = {  # every piece of state that a training has
     "scale_scores": True,
     "lr_target_kl": 0.02,
     "eval_every": 1,
+    "judges": ["even", "words"],
 }
 
 
@@ -98,6 +99,8 @@ def test_a_resumed_training_ends_with_the_same_bits(
     assert resumed.train() == expected
     assert curves(resumed) == curves(straight)
     assert resumed.progress.samples == straight.progress.samples
+    assert resumed.progress.evaluations == straight.progress.evaluations
+    assert resumed.progress.peaks == straight.progress.peaks
     for name, weight in tiny.weights(straight).items():
         assert torch.equal(weight, tiny.weights(resumed)[name]), name
 

@@ -198,6 +198,38 @@ def _state(trainer: Any) -> None:
     raise _StateError(trainer.progress, weights, steps)
 
 
+def test_evaluations_with_the_held_out_model_and_functions_as_judges(
+    make: Callable[..., Context], tmp_path: Path, toy: Any
+) -> None:
+    torch.manual_seed(2)
+    other = models.reward_from_policy(toy.shared / "sft/model")
+    other.config.score_mean, other.config.score_std = -0.5, 1.0
+    options = {"eval_every": 2, "eval_prompts": 5, "judges": {"size": f"{tmp_path / 'my_rewards.py'}:length"}}
+    context = make(ppo=options)
+    tokenizer = models.load_tokenizer(toy.shared / "sft/model")
+    models.save(other, tokenizer, context.inputs["reward"] / "held_out")
+    finals = stage.run(context)
+    table = pq.read_table(context.out / "evaluations.parquet").to_pydict()
+    judged = [f"judge/{name}{end}" for name in ("held_out", "size") for end in ("", "_stderr")]
+    assert list(table) == [
+        *("update", "score", "score_stderr", "kl", "response_length_mean", "eos_rate", "reward/model", *judged),
+        *("overoptimised/held_out", "overoptimised/size"),
+    ]
+    assert table["update"] == [0, 2, 3]
+    assert finals["ppo/best_judge/held_out"] == max(table["judge/held_out"][1:])
+    assert {"ppo/overoptimised", "ppo/overoptimised/held_out", "ppo/overoptimised/size"} <= finals.keys()
+    assert table["judge/held_out"] != table["score"]
+    assert not (make(ppo={"eval_every": 0}).out / "evaluations.parquet").exists()
+
+    again = make("killed", Killer(2), ppo=options)
+    with pytest.raises(KeyboardInterrupt):
+        stage.run(again)
+    again = make("killed", ppo=options)
+    assert stage.run(again) == finals
+    one, two = ((of.out / "evaluations.parquet").read_bytes() for of in (context, again))
+    assert one == two
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_kill_changes_nothing(rank: int, make: Callable[..., Context]) -> None:
     straight = make("straight", model={"lora_rank": rank})
