@@ -26,7 +26,7 @@ from rlhf.gate import Figures, Pair
 from rlhf.generate import Sampling, respond
 from rlhf.intervals import Floats
 from rlhf.policies import Place
-from rlhf.promotion import conflict
+from rlhf.promotion import conflict, trained_on
 from rlhf.reward.second import HELD_OUT
 
 
@@ -81,10 +81,12 @@ def _judge_column(config: PipelineConfig, samples: pa.Table, policy: str) -> str
     if problem := conflict(config):
         raise ConfigError(problem)
     if f"{policy}_{judge}" not in samples.column_names:
-        scores = [name for name in (HELD_OUT, *config.evaluate.scorers) if f"{policy}_{name}" in samples.column_names]
+        names = [HELD_OUT, *(name for name in config.evaluate.scorers if name not in trained_on(config))]
+        known = [name for name in names if f"{policy}_{name}" in samples.column_names]
         raise ConfigError(
-            f"promotion.judge is {judge!r}, of which the evaluation has no scores; it has those of "
-            f"{', '.join(scores) or 'no judge'}. Turn reward and reward.held_out on, or name one of evaluate.scorers"
+            f"promotion.judge is {judge!r}, of which the evaluation has no scores; of what PPO is not trained on it "
+            f"has {', '.join(known) or 'none'}. Name one of evaluate.scorers that is no reward, or turn reward and "
+            "reward.held_out on"
         )
     return judge
 

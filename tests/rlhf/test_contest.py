@@ -37,19 +37,19 @@ class Arena:
     def __init__(self, toy: Toy, monkeypatch: pytest.MonkeyPatch) -> None:
         self.store = Store(toy.directory / "home")
         self._toy = toy
-        self._file = toy.directory / "mine.py"
-        self._file.write_text(REWARDS)
+        self.file = toy.directory / "mine.py"
+        self.file.write_text(REWARDS)
         monkeypatch.setattr(files, "_draw", lambda *args: None)
 
     def config(self, **sections: Any) -> PipelineConfig:
-        scorers = {"short": f"{self._file}:short", "other": f"{self._file}:other"}
+        scorers = {"short": f"{self.file}:short", "other": f"{self.file}:other"}
         made: dict[str, Any] = {
             "seed": 3,
             "data": {"demonstrations": "x.jsonl", "preferences": "x.jsonl"},
             "model": {"init": "random", "layers": 2, "width": 16, "heads": 2, "context": 48, "vocab_size": 270},
             "resources": {"device": "cpu", "threads": 1},
             "judge": "off",
-            "ppo": {"max_new_tokens": 8, "rewards": {"model": 1.0, f"{self._file}:short": 0.1}},
+            "ppo": {"max_new_tokens": 8, "rewards": {"model": 1.0, f"{self.file}:short": 0.1}},
             "evaluate": {"max_new_tokens": 8, "temperature": 1.0, "prompts": 12, "batch_size": 5, "bootstrap": 20},
         }
         made["evaluate"]["scorers"] = scorers
@@ -205,13 +205,13 @@ def test_a_champion_that_is_gone_is_a_refusal(arena: Arena, break_it: Any, says:
 
 
 def test_a_judge_that_has_not_judged_is_a_refusal(arena: Arena) -> None:
-    config = arena.config(
-        reward={"enabled": False}, ppo={"rewards": {"brevity": {"weight": 1.0, "function": "brevity"}}}
-    )
+    config = arena.config(reward={"enabled": False}, ppo={"rewards": {f"{arena.file}:short": 1.0}})
     new = arena.run("new", 2, config)
     found = contest.hold(config, arena.store, new, None)
     assert found is not None
-    assert "'held_out', of which the evaluation has no scores; it has those of short, other" in str(found.scores)
+    assert "of which the evaluation has no scores; of what PPO is not trained on it has other." in str(
+        found.scores
+    )
 
 
 def test_a_run_without_trained_policy_is_a_refusal(arena: Arena) -> None:

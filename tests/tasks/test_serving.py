@@ -2,11 +2,18 @@
 
 import copy
 import logging
+import os
+import signal
+import subprocess
+import sys
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx
 import mlflow
 import pandas as pd
 import pytest
@@ -20,9 +27,14 @@ from transformers import (
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
-from rlhf import models
+from flows.server import free_port
+from rlhf import adapt, models
+from rlhf.generate import Sampling, respond
+from rlhf.policies import Place
 from rlhf.rewards import RewardModel
 from tasks.journal import RunJournal
 from tasks.mlflow_files import log_model
@@ -229,3 +241,93 @@ def test_the_file_imports_nothing_of_this_project() -> None:
     assert "import rlhf" not in source
     assert "from rlhf" not in source
     assert "from tasks" not in source
+
+
+# As a server
+
+
+def registered(store: str, path: Path, name: str, folder: Path) -> str:
+    """Register a model as a run does, and make it the champion; its URI."""
+    with RunJournal.open(folder / f"run-{name}") as journal:
+        journal.start("demo", experiment="served")
+        about = {"name": "ppo-model", "digest": name, "kind": "ppo", "about": "", "note": "", "tags": {}}
+        journal.register("pipeline", name, path=path, **about)
+    state = ship(folder / f"run-{name}", store)
+    assert (state.complete, state.skipped) == (True, 0)
+    MlflowClient(store).set_registered_model_alias(name, "champion", "1")
+    return f"models:/{name}@champion"
+
+
+@contextmanager
+def serving(store: str, uri: str, folder: Path) -> Iterator[str]:
+    """The address of ``mlflow models serve``, without a network."""
+    port = free_port()
+    command = [*(sys.executable, "-m", "mlflow", "models", "serve", "-m", uri, "--env-manager", "local")]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    environment = os.environ | {"MLFLOW_TRACKING_URI": store, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment |= {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}  # it looks for uvicorn
+    with (folder / "serve.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 240
+        while True:
+            assert process.poll() is None, (folder / "serve.log").read_text()
+            assert time.monotonic() < deadline, (folder / "serve.log").read_text()
+            try:
+                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).is_success:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.3)
+        yield f"http://127.0.0.1:{port}/invocations"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(timeout=60)
+
+
+def make_policy(kind: str, tokenizer: PreTrainedTokenizerFast, path: Path) -> None:
+    """A tiny policy of a kind as the ppo stage leaves it: adapters are merged."""
+    torch.manual_seed(0)
+    if kind == "t5":
+        shape = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 1}
+        ids = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 1}
+        model: Any = T5ForConditionalGeneration(T5Config(**shape, **ids, initializer_factor=5.0))
+    else:
+        model = GPT2LMHeadModel(config(tokenizer))
+    if kind == "lora":
+        model = adapt.add_lora(model, rank=2, alpha=8.0)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_B" in name:  # zero at first, so that nothing would be merged
+                    weight.normal_()
+        model = adapt.merge_lora(model)
+    models.save(model, tokenizer, path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", ["causal", "lora", "t5"])
+def test_a_served_champion_answers_as_rlhf_generate_does(
+    store: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, kind: str
+) -> None:
+    make_policy(kind, tokenizer, tmp_path / "model")
+    expected = [answer.text for answer in respond(Place(str(tmp_path / "model")), PROMPTS, Sampling(12))]
+    uri = registered(store, tmp_path / "model", f"served-{kind}", tmp_path)
+    request = {"dataframe_split": {"columns": ["prompt"], "data": [[prompt] for prompt in PROMPTS]}}
+    with serving(store, uri, tmp_path) as address:
+        answer = httpx.post(address, json={**request, "params": {"max_new_tokens": 12}}, timeout=120)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["predictions"] == expected
+    assert any(expected)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_served_reward_model_scores(store: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = make_reward_model(tokenizer, tmp_path / "model")
+    scorer = RewardModel(models.load_reward_model(path).eval(), models.load_tokenizer(path))
+    rows = [list(row) for row in zip(PROMPTS, RESPONSES, strict=True)]
+    with serving(store, registered(store, path, "served-reward", tmp_path), tmp_path) as address:
+        request = {"dataframe_split": {"columns": ["prompt", "response"], "data": rows}}
+        answer = httpx.post(address, json=request, timeout=120)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["predictions"] == pytest.approx(scorer(PROMPTS, RESPONSES, {}), abs=1e-5)
