@@ -367,6 +367,12 @@ class PipelineConfig(Section):
             raise ValueError(
                 "ppo.rewards names `model`, but the reward stage is off; turn it on or name a Python function"
             )
+        by_held_out = self.ppo.enabled and self.ppo.eval_every and self.ppo.best_metric == "judge/held_out"
+        if by_held_out and not (self.reward.enabled and self.reward.held_out):
+            raise ValueError(
+                "ppo.best_metric is `judge/held_out`, but no held-out reward model is trained; set reward.held_out, or "
+                "choose by `score` or by one of ppo.judges"
+            )
         self._check_preferences(pairs, needs)
         if (self.ppo.enabled or self.evaluate.enabled) and not (data.has("demonstrations") or data.has("prompts")):
             raise ValueError("ppo and evaluate need prompts: set data.prompts or data.demonstrations")

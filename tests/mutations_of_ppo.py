@@ -361,6 +361,92 @@ MUTATIONS = [
         '    checkpoints.drop_after(directory / BEST,', '    (directory / BEST,',
         "test_heldout.py -k kept_by_a_killed",
     ),
+    # --- evaluations, judges, over-optimisation
+    Mutation(
+        "judges", "a standard error over n", "ppo/overoptimisation.py", "values.std(correction=1)",
+        "values.std(correction=0)", "test_overoptimisation.py test_heldout.py -k 'standard or numbers'",
+    ),
+    Mutation(
+        "judges", "the many looks are not paid for", "ppo/overoptimisation.py",
+        "evaluations * (evaluations - 1) // 2)", "1)",
+        "test_overoptimisation.py -k 'quantile or hand or seldom'",
+    ),
+    Mutation(
+        "judges", "a normal quantile in place of Student's", "ppo/overoptimisation.py",
+        "        + (z**3 + z) / (4 * v)\n", "",
+        "test_overoptimisation.py -k quantile",
+    ),
+    Mutation(
+        "judges", "an alarm although the proxy has not risen", "ppo/overoptimisation.py",
+        "for change in (rise, fall))", "for change in (fall,))",
+        "test_overoptimisation.py -k hand",
+    ),
+    Mutation(
+        "judges", "an alarm although the judge has not fallen", "ppo/overoptimisation.py",
+        "for change in (rise, fall))", "for change in (rise,))",
+        "test_overoptimisation.py -k hand",
+    ),
+    Mutation(
+        "judges", "an alarm where the judge rises", "ppo/overoptimisation.py",
+        "torch.tensor(peak.judge).to(judge) - judge", "judge - torch.tensor(peak.judge).to(judge)",
+        "test_overoptimisation.py -k hand",
+    ),
+    Mutation(
+        "judges", "differences that are not paired", "ppo/overoptimisation.py",
+        "proxy - torch.tensor(peak.proxy).to(proxy)", "proxy - torch.tensor(peak.proxy).to(proxy).mean()",
+        "test_overoptimisation.py -k paired",
+    ),
+    Mutation(
+        "judges", "alarms of few prompts", "ppo/overoptimisation.py", "if prompts < FEWEST:", "if prompts < 2:",
+        "test_overoptimisation.py -k few",
+    ),
+    Mutation(
+        "judges", "the peak is the first evaluation", "ppo/overoptimisation.py",
+        "if name not in found or scores.mean() > ", "if name not in found or 0 > scores.mean() > ",
+        "test_overoptimisation.py -k peak",
+    ),
+    Mutation(
+        "judges", "the peak is the last of the best", "ppo/overoptimisation.py",
+        "scores.mean() > torch", "scores.mean() >= torch",
+        "test_overoptimisation.py -k peak",
+    ),
+    Mutation(
+        "judges", "an evaluation is held against itself", "ppo/state.py",
+        "        proxy, judges = columns[\"score\"], heldout.judged(columns)\n",
+        "        proxy, judges = columns[\"score\"], heldout.judged(columns)\n"
+        "        self.peaks = overoptimisation.followed({}, update, proxy, judges)\n",
+        "test_overoptimisation.py -k too_much",
+    ),
+    Mutation(
+        "judges", "the peaks are not restored", "ppo/state.py",
+        "{name: Peak(*row) for name, row in progress.peaks.items()}", "{}",
+        "test_resume.py -k 'same_bits and gpt2'",
+    ),
+    Mutation(
+        "judges", "the policy before training may be the best", "ppo/heldout.py",
+        "found if update and within", "found if within",
+        "test_heldout.py -k 'remains or budget'",
+    ),
+    Mutation(
+        "judges", "no evaluation before the first update", "ppo/trainer.py",
+        "if self.progress.update == 0 and self.settings.eval_every:", "if False:",
+        "test_heldout.py -k before_the_first",
+    ),
+    Mutation(
+        "judges", "another evaluation draws other numbers", "ppo/heldout.py",
+        'batching.generator(seed, "evaluate")', "None",
+        "test_heldout.py -k 'numbers or nothing_that_is_trained'",
+    ),
+    Mutation(
+        "judges", "a process's prompts in another one's places", "ppo/heldout.py",
+        "table[:, mine] = ", "table[:, : len(made.responses)] = ",
+        "test_processes.py",
+    ),
+    Mutation(
+        "judges", "the held-out judge does not choose", "ppo/heldout.py",
+        'default = "judge/held_out" if "held_out" in judges else "score"', 'default = "score"',
+        "test_heldout.py -k held_out_judges",
+    ),
     Mutation(
         "options", "the KL budget is not kept", "ppo/heldout.py",
         "found.kl <= settings.kl_budget", "True",

@@ -102,7 +102,9 @@ class Settings:
         -1.0, "Score of such a response when missing_eos is `replace`; amount subtracted is its magnitude."
     )
 
-    eval_every: int = option(0, "Updates between two evaluations on held-out prompts; 0 is never.", ge=0)
+    eval_every: int = option(
+        0, "Updates between two evaluations on held-out prompts, the first before training; 0 is never.", ge=0
+    )
     eval_prompts: int = option(64, "Held-out prompts of an evaluation (the first ones).", ge=1)
     eval_temperature: float | None = option(
         None, "Sampling temperature of the evaluations; 0 is greedy. Default: temperature.", ge=0

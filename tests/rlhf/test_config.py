@@ -106,6 +106,11 @@ def test_one_file_needs_no_list() -> None:
         ({"ppo": {"minibatches": 3}}, "must divide episodes"),
         ({"ppo": {"rewards": {}}}, "rewards is empty"),
         ({"ppo": {"eval_every": 9, "best_metric": "reward/modl"}}, "allowed are score, reward/model"),
+        ({"ppo": {"judges": {"held_out": "brevity"}}}, "`held_out` is the held-out reward model's name"),
+        (
+            {"ppo": {"eval_every": 9, "best_metric": "judge/held_out"}, "reward": {"held_out": False}},
+            "no held-out reward model is trained",
+        ),
         ({"ppo": {"rewards": {"brief": 1}}}, "'brief' is no built-in reward"),
         ({"ppo": {"rewards": {"quality": {"function": "model"}}}, "reward": False}, "the reward stage is off"),
         ({"name": "../up"}, "match pattern"),
