@@ -12,6 +12,7 @@ from rlhf.report.model import Figure, Section, Sources, Table
 from rlhf.report.words import number, score_name, significant
 
 NAN = math.nan
+LOOKS = ("one", "three", "four", "five")  # of judges; none is like that of the reward
 
 
 def overoptimisation(sources: Sources) -> Section | None:
@@ -23,7 +24,7 @@ def overoptimisation(sources: Sources) -> Section | None:
     order = sorted(range(len(roots)), key=lambda i: (math.isnan(roots[i]), roots[i]))
     proxy, judges = found["proxy"], found.get("judges") or {}
     series = [(f"{score_name(proxy.get('name', 'reward'))} (trained on)", "proxy", proxy)]
-    series += [(score_name(name), charts.OTHERS[i % 5], of) for i, (name, of) in enumerate(judges.items())]
+    series += [(score_name(name), LOOKS[i % len(LOOKS)], of) for i, (name, of) in enumerate(judges.items())]
     curves = [_gain(name, look, roots, order, of) for name, look, of in series]
     budget = sources.config.ppo.kl_budget if sources.config is not None else None
     upright = {"KL budget": math.sqrt(budget)} if budget is not None and math.sqrt(budget) <= 1.5 * max(roots) else {}
@@ -32,16 +33,15 @@ def overoptimisation(sources: Sources) -> Section | None:
         whole=False, upright=upright,
     )  # fmt: skip
     table = _evaluations(found, roots, series)
-    note = "Gain over the start, each in its own mean standard error, which is also the width of its band."
-    figures = [
-        Figure("Reward and judges as the policy moves away", gain, [table], [(c.look, c.name) for c in curves], note)
-    ]
+    note = "Each in its own mean standard error, which is also the width of its band."
+    figures = [Figure("Gain since the start", gain, [table], [(c.look, c.name) for c in curves], note)]
     figures += [_frontier(name, look, roots, order, of, found, table) for name, look, of in series]
     words = [
         "A reward that rises while an independent judge falls is over-optimised (Gao et al. 2023). "
         + ("A triangle marks an evaluation at which the alarm was on." if _rang(judges) else "No alarm went off.")
         if judges
-        else "PPO had no judge beside its reward, so that over-optimisation could not be seen."
+        else "PPO had no judge beside its reward, so that over-optimisation could not be seen.",
+        "Bands are standard errors.",
     ]
     return Section("overoptimisation", "Reward against KL", words, figures=figures)
 
@@ -98,7 +98,7 @@ def _frontier(
     low, high = [a - b for a, b in zip(y, band, strict=False)], [a + b for a, b in zip(y, band, strict=False)]
     curve = Curve(name, look, [roots[i] for i in order], y, low, high)
     picture = charts.lines([curve], name, "√KL to the reference", "", dots=True, whole=False)
-    return Figure(name, picture, [table], note="Band: standard error.")
+    return Figure(name, picture, [table])
 
 
 def _evaluations(found: Mapping[str, Any], roots: Sequence[float], series: Sequence[Any]) -> Table:

@@ -11,7 +11,7 @@ from rlhf.report import charts
 from rlhf.report.charts import Curve
 from rlhf.report.model import Figure, Folded, Section, Sources, Table
 from rlhf.report.results import spread
-from rlhf.report.words import DASH, energy, interval, number, percent, significant
+from rlhf.report.words import DASH, energy, interval, number, percent, score_name, significant
 from rlhf.tracker import Entry
 
 SPLITS = {"train": "one", "validation": "two", "test": "three"}
@@ -105,8 +105,9 @@ def _stage_curves(stage: str, title: str, entries: Sequence[Entry]) -> Section:
     means = {name: points for name, points in judges.items() if not name.endswith("_stderr")}
     if means:
         shown.update(judges)
-        figures += [_curve_figure(f"Judge: {name.removeprefix('eval/judge/')}", {"held-out prompts": points}, stage)
-                    for name, points in means.items()]  # fmt: skip
+        for name, points in means.items():
+            title = f"Judge: {score_name(name.removeprefix('eval/judge/')).lower()}"
+            figures.append(_curve_figure(title, {"held-out prompts": points}, stage))
     rest = [_curve_figure(name, {name: points}, stage) for name, points in series.items() if name not in shown]
     folded = [Folded(f"{len(rest)} more curve{'s'[: len(rest) > 1]}", figures=rest)] if rest else []
     return Section(f"curves-{stage}", title, (), (), figures, folded)
@@ -159,11 +160,9 @@ def reward_model(sources: Sources) -> Section | None:
     figures, tables, words = [], [], []
     if pairs.get("accuracy"):
         rows = [("All held-out pairs", interval(pairs["accuracy"]), f"{pairs.get('pairs', 0):,}")]
-        rows += [
-            (f"Chosen is {of['chosen'].replace('_', ' ')} ({of['tokens_from']:+d} to {of['tokens_to']:+d} tokens)",
-             interval(of), f"{of['n']:,}")
-            for of in pairs.get("by_length") or []
-        ]  # fmt: skip
+        for of in pairs.get("by_length") or []:
+            tokens = f"{_signed(of['tokens_from'])} to {_signed(of['tokens_to'])} tokens"
+            rows.append((f"Chosen is {of['chosen'].replace('_', ' ')} ({tokens})", interval(of), f"{of['n']:,}"))
         if "reward/held_out/test_accuracy" in finals:
             estimate = {end: finals.get(f"reward/held_out/test_accuracy{s}") for end, s in
                         (("value", ""), ("low", "_low"), ("high", "_high"))}  # fmt: skip
@@ -181,6 +180,10 @@ def reward_model(sources: Sources) -> Section | None:
     if not (figures or tables):
         return None
     return Section("reward-model", "Reward model: calibration", words, tables, figures)
+
+
+def _signed(count: int) -> str:
+    return number(float(count), 0, sign=True)
 
 
 def _reliability(bins: Sequence[Mapping[str, float]]) -> Figure:
@@ -205,6 +208,8 @@ def models(sources: Sources) -> Section | None:
     }
     for stage, count in learnt.items():
         found[stage] = {"trainable": count} | found.get(stage, {})
+    if "held_out" in found and "reward" in learnt:  # trained as the reward model is, but for the seed
+        found["held_out"] = {"trainable": learnt["reward"]} | found["held_out"]
     if not found:
         return None
     rows = [

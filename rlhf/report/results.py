@@ -16,12 +16,26 @@ from rlhf.report.words import (
     p_value,
     percent,
     percents,
+    policy,
     score_name,
     significant,
     value_of,
 )
 
 NAN = math.nan
+# Beside the scores, what stands open; the rest is folded away.
+HEADLINES = (
+    "kl",
+    "perplexity",
+    "rougeL",
+    "bleu",
+    "chrf",
+    "meteor",
+    "length_tokens",
+    "length_exact",
+    "eos_rate",
+    "distinct2",
+)
 LENGTHS = ("length_tokens", "length_words")
 PERCENTILES = ("5", "25", "50", "75", "95")
 
@@ -37,11 +51,12 @@ def metrics(sources: Sources) -> Section | None:
     order = [name for name in [*judged, *(name for name in LABELS if name not in judged)] if name in known]
     order += [name for name in known if name not in order]
     trained_on = report.get("trained_on") or []
-    rows = [
-        (_named(name, trained_on), *(_cell(of.get(name), name, report.get("prompts")) for of in found.values()))
+    rows = {
+        name: (_named(name, trained_on), *(_cell(of.get(name), name, report.get("prompts")) for of in found.values()))
         for name in order
-    ]
-    reference = str(report.get("kl_reference", "sft")).upper()
+    }
+    first = [name for name in order if name in judged or name in HEADLINES]
+    reference = policy(str(report.get("kl_reference", "sft")))
     about = Table(
         "What these metrics are",
         ("Metric", "What it is"),
@@ -52,9 +67,12 @@ def metrics(sources: Sources) -> Section | None:
     absent = "" if any(name.startswith("rouge") for name in order) else (
         "The prompts have no references, so that there are no metrics against them (ROUGE, BLEU, METEOR, chrF)."
     )  # fmt: skip
-    table = Table("Mean, or value of the corpus, with its interval", ("Metric", *found), rows)
+    caption, head = "Mean, or value of the corpus, with its interval", ("Metric", *found)
+    table = Table(caption, head, [rows[name] for name in first])
+    rest = Table(caption, head, [rows[name] for name in order if name not in first])
     words += [absent] if absent else []
-    return Section("metrics", "All metrics", words, [table], folded=[Folded("What these metrics are", [about])])
+    folded = [Folded(f"{len(rest.rows)} more metrics", [rest])] if rest.rows else []
+    return Section("metrics", "Metrics", words, [table], folded=[*folded, Folded("What these metrics are", [about])])
 
 
 def _named(name: str, trained_on: Sequence[str]) -> str:
@@ -88,8 +106,7 @@ def comparisons(sources: Sources) -> Section | None:
 
 def pair_of(one: Mapping[str, Any]) -> str:
     """Who is compared with whom."""
-    names = ("references" if of == "reference" else str(of).upper() for of in (one["candidate"], one["baseline"]))
-    return " against ".join(names)
+    return " against ".join(policy(str(one[who])) for who in ("candidate", "baseline"))
 
 
 def _wins(one: Mapping[str, Any], trained_on: Sequence[str]) -> Figure:

@@ -70,12 +70,16 @@ class Scale(NamedTuple):
 
 
 def around(values: Iterable[float], margin: float = 0.06) -> tuple[float, float]:
-    """A range with all finite values in it, and some space; 0 to 1 where there are none."""
+    """A range with all finite values in it, and some space; 0 to 1 where there are none.
+
+    Values that differ by rounding alone are one value.
+    """
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return 0.0, 1.0
     low, high = min(finite), max(finite)
-    space = (high - low) * margin or abs(high) * 0.1 or 1.0
+    largest = max(abs(low), abs(high))
+    space = (high - low) * margin if high - low > 1e-6 * largest else largest * 0.1 or 1.0
     return low - space, high + space
 
 
@@ -94,7 +98,7 @@ def _tick(value: float, step: float, decimals: int) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if step >= size / 10 and abs(value) >= size:
             return f"{value / size:g}{unit}".replace("-", MINUS)
-    written = f"{value:.{decimals}f}" if decimals <= 4 else f"{value:.0e}" if value else "0"
+    written = f"{value:.{decimals}f}" if decimals <= 7 else f"{value:.3g}"
     return written.replace("-", MINUS)
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from rlhf.report.model import Sources
-from rlhf.report.words import in_sentence, interval, listed, number, p_value, percents, score_name, value_of
+from rlhf.report.words import in_sentence, interval, listed, number, p_value, percents, policy, score_name, value_of
 
 Tone = Literal["good", "bad", "open"]
 Comparison = Mapping[str, Any]
@@ -107,13 +107,15 @@ def _tiles(sources: Sources, comparison: Comparison | None) -> list[Tile]:
         beside = f"{by}; at equal length {percents(fair)}" if fair and fair.get("value") is not None else by
         tiles.append(Tile(f"{new} wins against {old}", *_split(percents(of.get("win_rate"))), beside))
         sure = f"p {_equals(p_value(value_of(of.get('p'))))}, effect size {number(value_of(of.get('effect')), 2)}"
-        tiles.append(Tile("Change of that score", *_split(interval(of.get("difference"), 2, sign=True)), sure))
+        tiles.append(
+            Tile(f"Change in {score_name(judge).lower()}", *_split(interval(of.get("difference"), 2, sign=True)), sure)
+        )
     last = (comparison or {}).get("candidate") or next(iter(reversed([*_policies(report)])), "")
     if kl := report.get("metrics", {}).get(last, {}).get("kl"):
         spread = (
             f"\N{PLUS-MINUS SIGN} {number(kl['stderr'], 2)} standard error; " if kl.get("stderr") is not None else ""
         )
-        reference = str(report.get("kl_reference", "")).upper()
+        reference = policy(str(report.get("kl_reference", "sft")))
         tiles.append(Tile(f"KL to {reference}", *_split(interval(kl, 2)), f"{spread}nats a response"))
     tiles.append(_overoptimised(alarms(report)))
     return tiles
@@ -167,8 +169,7 @@ def _policies(report: Mapping[str, Any]) -> list[str]:
 
 def _who(comparison: Comparison) -> tuple[str, str]:
     """What the two sides are called in a sentence."""
-    new, old = ("the references" if name == "reference" else str(name).upper()
-                for name in (comparison["candidate"], comparison["baseline"]))  # fmt: skip
+    new, old = (policy(str(comparison[who])) for who in ("candidate", "baseline"))
     return new, old
 
 

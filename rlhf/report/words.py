@@ -41,7 +41,8 @@ def number(value: Any, digits: int = 3, *, sign: bool = False) -> str:
     """A number for people; a dash where there is none."""
     if not isinstance(value, int | float) or math.isnan(value):
         return DASH
-    return f"{value:{'+' if sign else ''},.{digits}f}".replace("-", MINUS)
+    written = f"{value:{'+' if sign else ''},.{digits}f}".replace("-", MINUS)
+    return written if written.strip("+0.\N{MINUS SIGN}") else written.lstrip("+\N{MINUS SIGN}")  # no sign of a zero
 
 
 def significant(value: Any) -> str:
@@ -87,6 +88,11 @@ def percents(estimate: Mapping[str, Any] | None) -> str:
 def value_of(figure: Any) -> Any:
     """The value of an estimate, or the number itself."""
     return figure.get("value") if isinstance(figure, Mapping) else figure
+
+
+def policy(name: str) -> str:
+    """What a policy is called in a sentence."""
+    return {"base": "the base model", "reference": "the references"}.get(name, name.upper())
 
 
 def score_name(metric: str) -> str:

@@ -145,7 +145,7 @@ def test_ten_thousand_long_samples_stay_below_five_megabytes(tmp_path: Path) -> 
 def test_the_summary_comes_first_and_has_its_numbers(text: str) -> None:
     line = Reader(text).line
     begin = line.index("PPO is better than SFT, by the held-out reward model and gold.")
-    assert begin < line.index("All metrics", begin)
+    assert begin < line.index("Metrics", begin + 1)
     assert "PPO wins against SFT72 % [67, 77]by the held-out reward model; at equal length 70 % [64, 76]" in line
     assert "+0.80 [+0.60, +1.00]p < 0.001, effect size 0.42" in line
     assert "KL to SFT7.25 [6.75, 7.75]± 0.26 standard error; nats a response" in line
@@ -160,7 +160,7 @@ def test_the_summary_comes_first_and_has_its_numbers(text: str) -> None:
     [
         "Reward (trained on)",
         "brevityPPO against SFT90 %52 %",  # consistency, and preference for what is shown first
-        "PPO against references",
+        "PPO against the references",
         "0.400 [0.380, 0.420] (n = 39)",  # fewer references than prompts
         "demonstrations9,000128,0000988",  # rows read, lost by reason, kept
         "All held-out pairs0.880 [0.840, 0.920]300",
