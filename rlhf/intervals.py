@@ -125,7 +125,7 @@ def paired_corpus_difference(
     centre = values.mean()
     low, high = np.quantile(values, _tails(confidence)) - (centre - value)
     extreme = np.count_nonzero(np.abs(values - centre) >= abs(value) - _ROUNDING)
-    return CorpusDifference(Estimate(value, float(low), float(high), n), (1 + extreme) / (1 + len(values)))
+    return CorpusDifference(Estimate(value, float(low), float(high), n), float((1 + extreme) / (1 + len(values))))
 
 
 def paired_test(a: ArrayLike, b: ArrayLike, resamples: int, seed: int) -> PairedTest:
@@ -152,7 +152,7 @@ def paired_test(a: ArrayLike, b: ArrayLike, resamples: int, seed: int) -> Paired
         np.count_nonzero(np.abs((1.0 - 2.0 * generator.integers(0, 2, size=(rows, len(moving)))) @ moving) >= observed)
         for rows in _chunks(resamples, len(moving))
     )
-    return PairedTest((1 + extreme) / (1 + resamples), float(effect))
+    return PairedTest(float((1 + extreme) / (1 + resamples)), float(effect))
 
 
 def win_shares(a: ArrayLike, b: ArrayLike) -> WinShares:

@@ -1,12 +1,10 @@
 """Metrics of texts. Nothing here touches the network, and what is imported here is light.
 
 ``text``: against references. ``diversity``: of a corpus by itself. ``parallel``: all of ``text`` at once, over cores.
-``hub_interface``: the same as metrics of the `evaluate` package.
+``evaluate_interface``: the same as metrics of the `evaluate` package, which is slow to load and not imported here.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from rlhf.metrics.diversity import distinct, self_bleu
 from rlhf.metrics.parallel import TextScores, score_texts, text_scores
@@ -47,14 +45,6 @@ __all__ = [
     "self_bleu",
     "sentence_bleu",
     "sentence_chrf",
-    "text_metrics",
     "text_scores",
     "word_lengths",
 ]
-
-
-def text_metrics() -> Any:
-    """All text metrics as one `evaluate` metric: ``rlhf.metrics.hub_interface.text_metrics``."""
-    from rlhf.metrics.hub_interface import text_metrics
-
-    return text_metrics()

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rlhf import metrics
-from rlhf.metrics import hub_interface
-from rlhf.metrics.hub_interface import text_metrics
+from rlhf.metrics import evaluate_interface
+from rlhf.metrics.evaluate_interface import text_metrics
 
 CAT = "the cat sat on the mat"
 OF_TEXTS = {*metrics.ROUGE, "sentence_bleu", "sentence_chrf", "meteor"}
@@ -51,5 +51,5 @@ def test_undefined_is_nan() -> None:
 
 
 def test_one_metric_alone() -> None:
-    assert hub_interface.Chrf().compute(predictions=["aa"], references=["ab"])["chrf"] == pytest.approx(25)
-    assert hub_interface.Lengths().compute(predictions=["a b"], references=[[]]) == {"length_words": 2}
+    assert evaluate_interface.Chrf().compute(predictions=["aa"], references=["ab"])["chrf"] == pytest.approx(25)
+    assert evaluate_interface.Lengths().compute(predictions=["a b"], references=[[]]) == {"length_words": 2}

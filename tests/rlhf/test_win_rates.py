@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import optimize
 
 from rlhf import intervals
 from rlhf.intervals import length_controlled_win_rate
@@ -74,16 +75,15 @@ def test_where_length_has_no_effect_it_is_the_raw_rate() -> None:
 
 
 def test_newton_finds_the_minimum_of_the_loss() -> None:
-    """The gradient by hand: sums of wins - chance, and of these times tanh, less the ridge."""
     wins, difference = np.array([1, 1, 0, 1, 0.5, 0]), np.array([4.0, 1, -2, -3, 0, 2])
-    x = np.tanh(difference / difference.std())
-    value = length_controlled_win_rate(wins, difference, **SURE).value
-    a = math.log(value / (1 - value))
-    # at the minimum, 0.01 a = sum(wins - chance); solve it for b, then the second equation must hold
-    grid = np.linspace(-10, 10, 2_000_001)
-    chance = 1 / (1 + np.exp(-(a + grid[:, None] * x)))
-    errors = np.abs((wins - chance).sum(axis=1) - 0.01 * a), np.abs((wins - chance) @ x - 0.01 * grid)
-    assert np.min(errors[0] + errors[1]) < 1e-4
+    length = np.tanh(difference / difference.std())
+
+    def loss(parameters: np.ndarray) -> float:
+        logit = parameters[0] + parameters[1] * length
+        return float(np.sum(np.logaddexp(0, logit) - wins * logit) + 0.01 / 2 * parameters @ parameters)
+
+    a = optimize.minimize(loss, np.zeros(2), tol=1e-10).x[0]
+    assert length_controlled_win_rate(wins, difference, **SURE).value == pytest.approx(1 / (1 + math.exp(-a)), abs=1e-5)
 
 
 def test_separable_and_odd_outcomes_stay_finite() -> None:
