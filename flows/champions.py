@@ -20,7 +20,7 @@ from rlhf import champion
 from rlhf.artifacts import Store
 from rlhf.champion import Considered, Contender
 from rlhf.config import PipelineConfig
-from rlhf.errors import ConfigError
+from rlhf.errors import ArtifactError, ConfigError
 from rlhf.explain import did_you_mean
 from rlhf.runs import RunRecord, read_runs
 from rlhf.stages import enabled_stages
@@ -168,22 +168,36 @@ def _promote(store: Store, word: str | None, options: argparse.Namespace, consol
 
 def _forced(store: Store, config: PipelineConfig, candidate: Contender, who: str, why: Reasons) -> Decision:
     holder = champion.champion(store.home, config.name)
-    if candidate.policy is None:
-        raise ConfigError(f"run {candidate.run_id} has no trained policy that could be the champion")
     if holder is not None and holder.run_id == candidate.run_id:
         raise ConfigError(f"run {candidate.run_id} is the champion of {config.name!r} already")
-    store.open(*candidate.policy)
+    _check_policy(store, candidate)
     champion.promote(store.home, config.name, candidate, over=holder, who=who, why=why, forced=True)
     tell(store.home, config)
     return Decision(candidate, holder, None, True, why)
+
+
+def _check_policy(store: Store, contender: Contender) -> None:
+    """See that a policy is there, before it becomes the champion.
+
+    Raises:
+        ConfigError: the run has none.
+        ArtifactError: it is gone, or damaged.
+    """
+    if contender.policy is None:
+        raise ConfigError(f"run {contender.run_id} has no trained policy that could be the champion")
+    try:
+        store.open(*contender.policy)
+    except ArtifactError as error:
+        place = "/".join(contender.policy)
+        raise ArtifactError(f"the policy of run {contender.run_id}, {place}, cannot be opened: {error}") from None
 
 
 def _roll_back(store: Store, pipeline: str, options: argparse.Namespace, console: Console) -> int:
     if options.force:
         raise ConfigError("--force is for promote; nothing keeps a rollback from being done")
     line = champion.history(store.home, pipeline).line
-    if len(line) > 1 and line[-2].policy is not None:
-        store.open(*line[-2].policy)  # before anything changes: what is gone cannot be used
+    if len(line) > 1:
+        _check_policy(store, line[-2])
     change = champion.roll_back(store.home, pipeline, who=champion.person(), why=(options.why,) if options.why else ())
     _tell_later(store.home, pipeline)
     if options.json:

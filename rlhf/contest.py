@@ -47,6 +47,8 @@ def hold(config: PipelineConfig, store: Store, candidate: Contender, champion: C
     policies = [name for name in ("base", "sft", "ppo") if name == "base" or name in candidate.keys]
     if candidate.policy is None:
         return _nothing("the candidate has no trained policy: neither sft nor ppo is on")
+    if "evaluate" not in candidate.keys:
+        return _nothing("the candidate has no evaluation, from which the gate takes its figures: evaluate is off")
     if champion is not None and _policy_digest(store, champion) == _policy_digest(store, candidate):
         return None
     finals = _finals(store, candidate)

@@ -219,7 +219,7 @@ def test_gc_keeps_what_one_can_go_back_to(
     shutil.rmtree(Store(home).path("ppo", runs[1].stages["ppo"]["key"]))
     code, _, error = champions("promote", runs[1].id, "--force", "--why", "back")
     assert code == 1
-    assert "ArtifactError: missing" in error
+    assert f"the policy of run {runs[1].id}, ppo/{runs[1].stages['ppo']['key']}, cannot be opened: missing" in error
 
 
 @pytest.mark.parametrize(

@@ -209,12 +209,15 @@ def test_a_judge_that_has_not_judged_is_a_refusal(arena: Arena) -> None:
     new = arena.run("new", 2, config)
     found = contest.hold(config, arena.store, new, None)
     assert found is not None
-    assert "of which the evaluation has no scores; of what PPO is not trained on it has other." in str(
-        found.scores
-    )
+    assert "of which the evaluation has no scores; of what PPO is not trained on it has other." in str(found.scores)
 
 
-def test_a_run_without_trained_policy_is_a_refusal(arena: Arena) -> None:
-    found = contest.hold(arena.config(), arena.store, Contender("bare", {"prepare": "prepare"}), None)
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [({"prepare": "prepare", "evaluate": "e"}, "no trained policy"), ({"sft": "sft"}, "has no evaluation")],
+)
+def test_a_run_without_what_it_takes_is_a_refusal(arena: Arena, keys: dict[str, str], says: str) -> None:
+    found = contest.hold(arena.config(), arena.store, Contender("bare", keys), None)
     assert found is not None
-    assert "no trained policy" in str(found.scores)
+    assert says in str(found.scores)
+    assert not gate.judged(found, arena.config().promotion).promote

@@ -102,25 +102,40 @@ def test_a_schedule_retrains_when_there_is_something_new(up: Up, project: Path, 
     assert f"3.05 of the champion, run {held['run_id']}; the difference -1 is not surely" in later["state"]["message"]
 
 
-def test_a_person_approves_in_the_ui(up: Up, project: Path) -> None:
-    more = ("--set", "promotion.approval=true", "--set", "name=asked")
+@pytest.fixture
+def asked(up: Up, project: Path) -> Iterator[str]:
+    """A deployment that asks a person before it promotes."""
+    more = ("--set", "promotion.approval=true", "--set", "name=asked", "--set", "promotion.approval_hours=0.05")
     done = deploy(up, project, "--cron", "0 0 1 1 *", *more)
     assert done.returncode == 0, done.stderr
-    try:
-        run = up.submit("retrain/asked")
-        wait_for(lambda: up.state(run) == "PAUSED", "the question")
-        form = {"promote": True, "who": "eve", "why": "read them"}
-        answer = up.api("POST", f"flow_runs/{run}/resume", run_input=form)
-        assert answer["status"] == "ACCEPT", answer
-        assert up.finish(run) == "COMPLETED"
-        state = up.api("GET", f"flow_runs/{run}")["state"]
-        assert state["name"] == "Promoted"
-        assert "approved by eve in Prefect's UI: read them" in state["message"]
-        [change] = json.loads((up.home / "champions" / "asked.json").read_text())["changes"]
-        assert change["who"] == "eve"
-    finally:
-        for name in ("retrain/asked", "pipeline/asked"):
-            up.api("DELETE", f"deployments/{up.deployment(name)['id']}")
+    yield "retrain/asked"
+    for name in ("retrain/asked", "pipeline/asked"):
+        up.api("DELETE", f"deployments/{up.deployment(name)['id']}")
+
+
+def test_a_person_approves_in_the_ui(up: Up, asked: str) -> None:
+    run = up.submit(asked)
+    wait_for(lambda: up.state(run) == "PAUSED", "the question")
+    answer = up.api("POST", f"flow_runs/{run}/resume", run_input={"promote": True, "who": "eve", "why": "read them"})
+    assert answer["status"] == "ACCEPT", answer
+    assert up.finish(run) == "COMPLETED"
+    state = up.api("GET", f"flow_runs/{run}")["state"]
+    assert state["name"] == "Promoted"
+    assert "approved by eve in Prefect's UI: read them" in state["message"]
+    [change] = json.loads((up.home / "champions" / "asked.json").read_text())["changes"]
+    assert change["who"] == "eve"
+
+    # The same once more, and nobody answers.
+    for role in ("champions", "candidates"):
+        (up.home / role / "asked.json").unlink()
+    config = up.deployment(asked)["parameters"]["config"]
+    config["promotion"]["approval_hours"] = 0.004  # 14 s
+    run = up.submit(asked, config=config)
+    wait_for(lambda: up.state(run) in ("COMPLETED", "FAILED"), "the end of waiting")
+    state = up.api("GET", f"flow_runs/{run}")["state"]
+    assert state["name"] == "Refused", state["message"]
+    assert "nobody approved it within 0.004 hours" in state["message"]
+    assert not (up.home / "champions" / "asked.json").exists()
 
 
 @pytest.mark.parametrize("nightly", ["0 0 1 1 *"], indirect=True)  # no run but those of the test
