@@ -154,5 +154,7 @@ def _artifact_location(tracking_uri: str, experiment: str) -> str | None:
 def _view(columns: Collection[str]) -> str:
     """A saved view of the runs table, in the form that the UI of MLflow 3.17 reads and writes (undocumented)."""
     selected = [re.sub(r"^(metrics|params|tags)\.(.*)$", r"\1.`\2`", column) for column in columns]
-    state = json.dumps({"selectedColumns": ["attributes.`Source`", *selected]})
+    widths = {"attributes.`Run Name`": 120, "runDateAndNestInfo": 125, "duration": 70}  # pixels; these are always there
+    widths |= {name: min(18 + 6 * len(name.partition("`")[2]), 170) for name in selected}
+    state = json.dumps({"selectedColumns": selected, "columnOrder": list(widths), "columnWidths": widths})
     return json.dumps({"name": VIEW, "createdAt": 0, "updatedAt": 0, "state": state})
