@@ -235,7 +235,7 @@ def test_an_alarm_is_in_the_summary_and_marked_in_the_chart(tmp_path: Path) -> N
     assert "PPO has more reward than SFT, but is worse by the held-out reward model and gold" in line
     assert "Over-optimisedyesreward rose while it fell by the held-out reward model" in line
     assert "A triangle marks an evaluation at which the alarm was on." in line
-    assert text.count('class="alarm"') == 1
+    assert text.count('class="alarm"') == 2  # where all scores are, and where the held-out one is alone
     assert "(alarm)" in line
 
 
@@ -327,7 +327,7 @@ def test_over_optimisation_is_shown_without_an_evaluation(tmp_path: Path) -> Non
     }  # fmt: skip
     pq.write_table(pa.table(columns), found.directories["ppo"] / "evaluations.parquet")
     text = page(dataclasses.replace(found, directories={"ppo": found.directories["ppo"]}))
-    assert text.count('class="alarm"') == 1
+    assert text.count('class="alarm"') == 2  # where all scores are, and where the held-out one is alone
     assert "104.0002.000" in Reader(text).line  # update, KL, its root
 
 
