@@ -52,7 +52,7 @@ sft: {max_steps: 2, batch_size: 4}
 judge: off
 reward: off
 ppo: {rewards: {brevity: 1.0}, updates: 1, episodes: 4, max_new_tokens: 4}
-evaluate: {prompts: 4, max_new_tokens: 4, bootstrap: 20, scorers: {later: "judge.py:later"}}
+evaluate: {prompts: 8, max_new_tokens: 4, bootstrap: 20, scorers: {later: "judge.py:later"}}
 promotion: {judge: later, min_prompts: 2, kl_budget: null, rouge_floor: null}
 resources: {threads: 1}
 """)
