@@ -92,7 +92,7 @@ def home(finished: Path, tmp_path: Path) -> Iterator[Path]:
 def test_every_stage_left_what_it_promises(finished: Path) -> None:
     assert list(digests(finished)) != []
     assert set(digests(finished)) == set(STAGES)
-    [report] = (finished / "store" / "evaluate").glob("*/report.html")
+    [report] = (finished / "runs").glob("*/report.html")
     assert "<html" in report.read_text()
     for pickled in ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle"):
         assert list((finished / "store").rglob(pickled)) == []

@@ -85,7 +85,7 @@ def test_an_encoder_decoder_goes_all_the_way(
     assert 0.0 < finals["evaluate/ppo/kl"] < finals["evaluate/base/kl"]
     for stage in ("sft", "ppo"):
         assert AutoModelForSeq2SeqLM.from_pretrained(tmp_path / stage / "model").config.model_type == "t5"
-    assert (tmp_path / "evaluate/report.html").exists()
+    assert (tmp_path / "evaluate/report.json").exists()
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
