@@ -33,7 +33,7 @@ WITHOUT_NUMBERS = frozenset(
         "", "artifacts", "checkpoints", "config", "context", "data", "data.problems", "data.settings", "disk", "errors",
         "explain", "fingerprint", "hashing", "headlines", "hub", "labels", "locations", "locks", "plan", "ppo",
         "ppo.settings", "promotion", "resources", "retry", "runs", "schema", "settings", "shared_store", "stages",
-        "stopping", "stores", "tracker",
+        "stopping", "stores", "supervised", "tracker",
     )
 )  # fmt: skip
 
