@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -59,42 +59,38 @@ def trained_on(config: PipelineConfig, judged: Sequence[str]) -> list[str]:
     return [name for name in judged if name in same]
 
 
-def reward_models(context: Context) -> Iterator[tuple[str, rewards.RewardModel]]:
-    """The reward model and the held-out one, as far as they are there; one at a time is in memory.
-
-    Raises:
-        ModelError: one cannot be loaded.
-    """
-    trusted = context.config.model.trust_remote_code
-    for name, place in REWARD_MODELS.items():
-        if context.has(place):
-            path = context.input(place)
-            model = models.load_reward_model(path, trust_remote_code=trusted, dtype=context.config.model.dtype)
-            model.eval().to(training.device_of(context.config.resources))
-            yield name, rewards.RewardModel(model, models.load_tokenizer(path, trust_remote_code=trusted))
-
-
 def score(
     context: Context, rows: HeldOut, answers: Mapping[str, Answers], by: Functions
 ) -> dict[str, dict[str, float]]:
     """Put all scores into the values of the answers, (n,) each, NaN where there is no text.
 
     Returns:
-        The sizes of the reward models.
+        The sizes of the reward models: the one of PPO and the held-out one, as far as they are there.
 
     Raises:
         RewardError: a function failed.
         ModelError: a reward model cannot be loaded.
     """
-    sizes = {}
-    for name, model in reward_models(context):
-        sizes[name] = size(model.model)
-        for answer in answers.values():
-            answer.values[name] = _scores(model, rows, answer.texts)
+    sizes = {
+        name: _score_by_model(context, name, rows, answers)
+        for name, place in REWARD_MODELS.items()
+        if context.has(place)
+    }
     for name, scorer in (by.scorers | by.components).items():
         for answer in answers.values():
             answer.values[name] = _scores(scorer, rows, answer.texts)
     return sizes
+
+
+def _score_by_model(context: Context, name: str, rows: HeldOut, answers: Mapping[str, Answers]) -> dict[str, float]:
+    """Scores of a reward model, which leaves the memory at the end; its size."""
+    path, trusted = context.input(REWARD_MODELS[name]), context.config.model.trust_remote_code
+    model = models.load_reward_model(path, trust_remote_code=trusted, dtype=context.config.model.dtype)
+    model.eval().to(training.device_of(context.config.resources))
+    scorer = rewards.RewardModel(model, models.load_tokenizer(path, trust_remote_code=trusted))
+    for answer in answers.values():
+        answer.values[name] = _scores(scorer, rows, answer.texts)
+    return size(model)
 
 
 def _scores(scorer: rewards.Scorer, rows: HeldOut, texts: Sequence[str | None]) -> Floats:
