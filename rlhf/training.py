@@ -29,7 +29,8 @@ from rlhf.errors import ConfigError, StoppedError, TrainingError
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from rlhf.config import Resources, Supervised
+    from rlhf.config import Resources
+    from rlhf.supervised import Supervised
     from rlhf.context import Context
 
 log = logging.getLogger(__name__)
