@@ -38,11 +38,15 @@ def verdict(sources: Sources) -> Verdict:
     report = sources.evaluation
     if not report:
         return Verdict("open", _unevaluated(sources), [], [])
-    comparisons = report.get("comparisons") or []
+    comparisons = report.get("comparisons")
+    if comparisons is None:
+        return Verdict("open", "This evaluation is of an older version, which compared otherwise.", _small(report), [])
     if not comparisons:
         return Verdict("open", "There is only one policy, so nothing to compare it with.", [], _tiles(sources, None))
     first = comparisons[0]
     tone, sentence = judgement(first, report.get("trained_on") or [])
+    if tone == "good" and any(alarms(report).values()):
+        tone = "open"
     return Verdict(tone, sentence, [*_alarm_words(report), *_small(report)], _tiles(sources, first))
 
 
@@ -55,8 +59,9 @@ def judgement(comparison: Comparison, trained_on: Sequence[str]) -> tuple[Tone, 
     if not signs:
         return "open", f"{new} and {old} were not scored: there is neither a reward model nor a scorer."
     if not independent:
-        became = {1: "more", 0: "no clearly different", -1: "less"}[max(signs.values(), key=abs)]
-        return "open", f"{new} has {became} reward than {old}, but nothing judged it that it was not trained on."
+        became = {1: "more reward than", 0: "about as much reward as", -1: "less reward than"}
+        much = became[max(signs.values(), key=abs)]
+        return "open", f"{new} has {much} {old}, but nothing judged it that it was not trained on."
     found = set(independent.values())
     by = listed([in_sentence(score_name(name)) for name in independent])
     if found == {1}:
@@ -66,7 +71,8 @@ def judgement(comparison: Comparison, trained_on: Sequence[str]) -> tuple[Tone, 
         more = f"has more reward than {old}, but is worse" if risen else f"is worse than {old}"
         return "bad", f"{new} {more} by {worse}{': the reward was over-optimised' if risen else ''}."
     if found == {0}:
-        return "open", f"No clear difference between {new} and {old} by {by}: the interval contains 0."
+        which = "each interval contains" if len(independent) > 1 else "its interval contains"
+        return "open", f"No clear difference between {new} and {old} by {by}: {which} 0."
     parts = [
         f"{word} by {listed([in_sentence(score_name(name)) for name, value in independent.items() if value == wanted])}"
         for wanted, word in ((1, "better"), (-1, "worse"), (0, "not clearly different"))
@@ -107,6 +113,7 @@ def _tiles(sources: Sources, comparison: Comparison | None) -> list[Tile]:
         beside = f"{by}; at equal length {percents(fair)}" if fair and fair.get("value") is not None else by
         tiles.append(Tile(f"{new} wins against {old}", *_split(percents(of.get("win_rate"))), beside))
         sure = f"p {_equals(p_value(value_of(of.get('p'))))}, effect size {number(value_of(of.get('effect')), 2)}"
+        sure = sure if of.get("p") is not None else ""
         tiles.append(
             Tile(f"Change in {score_name(judge).lower()}", *_split(interval(of.get("difference"), 2, sign=True)), sure)
         )
@@ -141,7 +148,7 @@ def _alarm_words(report: Mapping[str, Any]) -> list[str]:
     on = [in_sentence(score_name(judge)) for judge, ringing in alarms(report).items() if ringing]
     if not on:
         return []
-    return [f"During PPO the reward rose while the score by {listed(on)} fell: see Over-optimisation."]
+    return [f"During PPO the reward rose while the score by {listed(on)} fell: see Reward against KL."]
 
 
 def _small(report: Mapping[str, Any]) -> list[str]:

@@ -202,7 +202,7 @@ def test_all_stages_have_their_curves(text: str) -> None:
         (0, 1, 1, "good", "PPO is better than SFT, by the held-out reward model and gold."),
         (-1, -1, -1, "bad", "PPO is worse than SFT by the held-out reward model and gold."),
         (1, 1, -1, "bad", "PPO has more reward than SFT, but is worse by gold: the reward was over-optimised."),
-        (1, 0, 0, "open", "No clear difference between PPO and SFT by the held-out reward model and gold: the"),
+        (1, 0, 0, "open", "No clear difference between PPO and SFT by the held-out reward model and gold: each"),
         (1, 1, 0, "open", "PPO against SFT: better by the held-out reward model, not clearly different by gold."),
         (0, 1, -1, "open", "PPO against SFT: better by the held-out reward model, worse by gold."),
     ],
@@ -237,6 +237,18 @@ def test_an_alarm_is_in_the_summary_and_marked_in_the_chart(tmp_path: Path) -> N
     assert "A triangle marks an evaluation at which the alarm was on." in line
     assert text.count('class="alarm"') == 2  # where all scores are, and where the held-out one is alone
     assert "(alarm)" in line
+
+
+def test_better_with_an_alarm_is_not_simply_good(tmp_path: Path) -> None:
+    assert verdict(made.sources(tmp_path / "one")).tone == "good"
+    found = verdict(made.sources(tmp_path / "other", made.evaluation(alarm=True)))
+    assert found.tone == "open"
+    assert found.further[0].endswith("the held-out reward model fell: see Reward against KL.")
+
+
+def test_an_evaluation_that_compared_otherwise_is_said_to_be_old(tmp_path: Path) -> None:
+    report = {name: of for name, of in made.evaluation().items() if name != "comparisons"}
+    assert "of an older version" in verdict(made.sources(tmp_path, report)).sentence
 
 
 def test_samples_are_the_first_and_those_that_changed_most(sources: Sources) -> None:
