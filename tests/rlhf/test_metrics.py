@@ -195,9 +195,9 @@ def test_rouge_is_rouge_scores(prediction: str, references: list[str]) -> None:
 
 
 def test_lengths_against_a_target() -> None:
-    texts, targets = ["one two", "one two", "", "one"], [2, 5, 0, None]
-    assert metrics.length_error(texts, targets).tolist() == pytest.approx([0, 3, 0, math.nan], nan_ok=True)
-    assert metrics.length_exact(texts, targets).tolist() == pytest.approx([1, 0, 1, math.nan], nan_ok=True)
+    texts, targets = ["one two", " one  two\n", "", "one", "你好", "one two"], [2, 5, 0, None, 1, 1.5]
+    assert metrics.length_error(texts, targets).tolist() == pytest.approx([0, 3, 0, math.nan, 0, 0.5], nan_ok=True)
+    assert metrics.length_exact(texts, targets).tolist() == pytest.approx([1, 0, 1, math.nan, 1, 0], nan_ok=True)
 
 
 ODD = [
