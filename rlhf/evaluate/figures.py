@@ -5,6 +5,7 @@ Shapes: n prompts, R resamples (see ``rlhf.intervals``). All bootstraps draw the
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -63,14 +64,29 @@ def measured(answer: Answers, counted: TextScores | None) -> Measured:
     """What one policy's figures are made of; ``counted`` is what was counted against references."""
     texts = [text or "" for text in answer.texts]
     there = np.array([text is not None for text in answer.texts])
-    corpus = {f"distinct{order}": Corpus(metrics.distinct(texts, order), there, (0.0, 1.0)) for order in (1, 2)}
+    corpus = {
+        f"distinct{order}": Corpus(_remembered(metrics.distinct(texts, order)), there, (0.0, 1.0)) for order in (1, 2)
+    }
     if counted is not None:
-        corpus["bleu"] = Corpus(metrics.bleu_statistic(counted.bleu), _filled(counted.bleu), (0.0, 100.0))
+        corpus["bleu"] = Corpus(_remembered(metrics.bleu_statistic(counted.bleu)), _filled(counted.bleu), (0.0, 100.0))
         corpus["chrf"] = Corpus(metrics.chrf_statistic(counted.chrf), _filled(counted.chrf), (0.0, 100.0))
     if answer.nll is not None:
         statistic = perplexity(answer.nll, answer.values["length_tokens"])
         corpus["perplexity"] = Corpus(statistic, there, (1.0, np.inf))
     return Measured(answer.values, corpus)
+
+
+def _remembered(statistic: Statistic) -> Statistic:
+    """The same statistic, computed once for the same resamples: those of the interval serve the comparisons, too."""
+    known: dict[bytes, Floats] = {}
+
+    def remembering(counts: NDArray[np.int64]) -> Floats:
+        digest = hashlib.blake2b(np.ascontiguousarray(counts)).digest()
+        if digest not in known:
+            known[digest] = statistic(counts)
+        return known[digest]
+
+    return remembering
 
 
 def _filled(counts: NDArray[np.int64]) -> NDArray[np.bool_]:
