@@ -30,7 +30,8 @@ PARAMS = (
 # The columns that the table of runs shows, where they exist: did it get better, by whose judgement, and at what cost.
 COLUMNS = (
     "params.ppo.kl_coef", "metrics.evaluate/win_rate/held_out", "metrics.evaluate/win_rate_length_controlled/held_out",
-    "metrics.evaluate/ppo/kl", "metrics.evaluate/ppo/reward", "metrics.evaluate/ppo/rougeL", "metrics.ppo/overoptimised",
+    "metrics.evaluate/ppo/kl", "metrics.evaluate/ppo/reward", "metrics.evaluate/ppo/rougeL",
+    "metrics.ppo/overoptimised",
 )  # fmt: skip
 
 
