@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from transformers import Trainer
 
     from rlhf.config import Resources
-    from rlhf.supervised import Supervised
     from rlhf.context import Context
+    from rlhf.supervised import Supervised
 
 log = logging.getLogger(__name__)
 

@@ -81,7 +81,7 @@ def _remembered(statistic: Statistic) -> Statistic:
     known: dict[bytes, Floats] = {}
 
     def remembering(counts: NDArray[np.int64]) -> Floats:
-        digest = hashlib.blake2b(np.ascontiguousarray(counts)).digest()
+        digest = hashlib.blake2b(counts.tobytes()).digest()
         if digest not in known:
             known[digest] = statistic(counts)
         return known[digest]
