@@ -106,8 +106,8 @@ def _stage_curves(stage: str, title: str, entries: Sequence[Entry]) -> Section:
     if means:
         shown.update(judges)
         for name, points in means.items():
-            title = f"Judge: {score_name(name.removeprefix('eval/judge/')).lower()}"
-            figures.append(_curve_figure(title, {"held-out prompts": points}, stage))
+            judge = score_name(name.removeprefix("eval/judge/")).lower()
+            figures.append(_curve_figure(f"Judge: {judge}", {"held-out prompts": points}, stage))
     rest = [_curve_figure(name, {name: points}, stage) for name, points in series.items() if name not in shown]
     folded = [Folded(f"{len(rest)} more curve{'s'[: len(rest) > 1]}", figures=rest)] if rest else []
     return Section(f"curves-{stage}", title, (), (), figures, folded)

@@ -121,7 +121,7 @@ def _wins(one: Mapping[str, Any], trained_on: Sequence[str]) -> Figure:
         shares = (percent(of.get(kind)) for kind in ("wins", "ties", "losses"))
         rows.append((_named(name, trained_on) if name in scores else name, percents(of.get("win_rate")), *shares,
                      percents(fair), p_value(value_of(of.get("p")))))  # fmt: skip
-    title = f"{pair_of(one)}: win rate"
+    title = pair_of(one)
     head = ("By", "win rate", "wins", "ties", "losses", "at equal length", "p")
     legend = [("one", "by a score it was not trained on")]
     legend += [("proxy", "by what it was trained on")] if any(name in trained_on for name in scores) else []

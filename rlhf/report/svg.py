@@ -87,7 +87,7 @@ def ticks(low: float, high: float, about: int = 5, *, whole: bool = False) -> li
     """Round values within a range, about so many, and how they are written. ``whole`` allows no fractions."""
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.9)
     step = max(1.0, step) if whole else step
     first, last = math.ceil(low / step - 1e-6), math.floor(high / step + 1e-6)
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
@@ -128,7 +128,7 @@ def plot(
     marks = ticks(*y_range)
     left = max((len(label) for _, label in marks), default=1) * CHARACTER + 10.0
     x, y = Scale(*x_range, left, WIDTH - 10.0), Scale(*y_range, bottom, top)
-    axes = [text(0, 11, y_label, "label")] if y_label else []
+    axes = [text(0, 13, y_label, "label")] if y_label else []
     for value, label in marks:
         axes += [
             line(left, y(value), WIDTH - 10.0, y(value), "grid"),

@@ -41,6 +41,7 @@ def number(value: Any, digits: int = 3, *, sign: bool = False) -> str:
     """A number for people; a dash where there is none."""
     if not isinstance(value, int | float) or math.isnan(value):
         return DASH
+    digits = digits if abs(value) < 1e5 else 0
     written = f"{value:{'+' if sign else ''},.{digits}f}".replace("-", MINUS)
     return written if written.strip("+0.\N{MINUS SIGN}") else written.lstrip("+\N{MINUS SIGN}")  # no sign of a zero
 

@@ -194,8 +194,12 @@ def sources(folder: Path, report: Mapping[str, Any] | None = None, table: Mappin
     pq.write_table(pa.table(dict(samples() if table is None else table)), directories["evaluate"] / "samples.parquet")
     _write(directories["prepare"] / "report.json", PREPARED)
     _write(directories["reward"] / "calibration.json", calibration())
-    for stage, names in (("sft", ("loss", "grad_norm", "learning_rate")), ("reward", ("loss", "accuracy")),
-                         ("ppo", ("score_mean", "kl", "entropy", "ratio_max"))):  # fmt: skip
+    curves = {
+        "sft": ("loss", "grad_norm", "learning_rate"),
+        "reward": ("loss", "accuracy"),
+        "ppo": ("score_mean", "kl", "entropy", "ratio_max", "eval/judge/gold", "eval/judge/gold_stderr"),
+    }
+    for stage, names in curves.items():
         tracker = JournalTracker(directories[stage] / "metrics.jsonl")
         for step in range(1, 31):
             values = {f"{stage}/{name}": math.exp(-step / 10) + number for number, name in enumerate(names)}

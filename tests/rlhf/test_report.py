@@ -191,8 +191,9 @@ def test_every_chart_has_a_table_behind_it(text: str) -> None:
 
 
 def test_all_stages_have_their_curves(text: str) -> None:
-    for stage in ("sft", "reward", "ppo"):
-        assert f'<section id="curves-{stage}">' in text
+    for stage, title in (("sft", "Supervised fine-tuning"), ("reward", "Reward model: training"), ("ppo", "PPO")):
+        assert f'<section id="curves-{stage}">\n<h2>{title}</h2>' in text
+    assert "<figcaption>Judge: gold</figcaption>" in text
 
 
 @pytest.mark.parametrize(
@@ -372,7 +373,7 @@ def test_sources_of_a_run_are_what_is_left_of_it(tmp_path: Path) -> None:
     ("low", "high", "about", "expected"),
     [
         (0.0, 1.0, 5, ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
-        (-1.1, 1.1, 4, ["−1", "0", "1"]),
+        (-1.1, 1.1, 4, ["−1.0", "−0.5", "0.0", "0.5", "1.0"]),
         (0.0, 9000.0, 5, ["0", "2k", "4k", "6k", "8k"]),
         (0.0, 0.00031, 4, ["0.0000", "0.0001", "0.0002", "0.0003"]),
         (0.0, 3e6, 3, ["0", "1M", "2M", "3M"]),
@@ -453,6 +454,8 @@ def test_thinned_points_keep_the_first_and_the_last() -> None:
     [
         (words.number(-1.0, 1), "−1.0"),
         (words.number(1234567.0, 0), "1,234,567"),
+        (words.number(28614631.86, 2), "28,614,632"),
+        (words.number(-0.0004, 3, sign=True), "0.000"),
         (words.number(None), "–"),
         (words.number(math.nan), "–"),
         (words.significant(0.0), "0"),

@@ -1,7 +1,12 @@
-"""The report in a real browser without a network: no error, no fault of accessibility, on a desk, a phone and paper."""
+"""The report in a real browser without a network: no error, no fault of accessibility, on a desk, a phone and paper.
+
+With ``RLHF_SCREENSHOTS`` naming a folder, pictures for the docs are written there, of the report ``RLHF_REPORT``:
+``RLHF_REPORT=$(rlhf report) RLHF_SCREENSHOTS=docs/images pytest tests/rlhf/test_report_browser.py -k picture``.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from importlib import resources
@@ -72,6 +77,18 @@ def test_opens_without_a_network_an_error_or_sideways_scrolling(
     seen.page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     assert seen.page.evaluate("document.documentElement.scrollWidth") == width
     assert seen.complaints == []
+
+
+@pytest.mark.parametrize(("width", "height"), [(DESK, 1750), (PHONE, 1600)])
+def test_a_picture_of_it_is_small_enough_for_the_docs(
+    browser: Browser, address: str, width: int, height: int, tmp_path: Path
+) -> None:
+    shown = Path(os.environ["RLHF_REPORT"]).resolve().as_uri() if "RLHF_REPORT" in os.environ else address
+    page = opened(browser, shown, width).page
+    page.set_viewport_size({"width": width, "height": height})
+    path = Path(os.environ.get("RLHF_SCREENSHOTS", tmp_path)) / f"report-{width}.png"
+    page.screenshot(path=path)
+    assert 20_000 < path.stat().st_size < 400_000
 
 
 @pytest.mark.parametrize("theme", THEMES)
