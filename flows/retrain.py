@@ -1,10 +1,12 @@
 """Retraining on a schedule: look whether anything changed, run what did, and let the gate decide."""
 
+import threading
 from typing import Any
+from uuid import UUID
 
-from prefect import flow, get_run_logger
+from prefect import flow, get_run_logger, runtime
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
-from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from prefect.states import Completed
@@ -22,10 +24,13 @@ from rlhf.plan import Planner, Selection
 from rlhf.stores import open_store
 from tasks import prefect_ui
 from tasks.flow_runs import flow_run_alive
+from tasks.prefect_server import patiently
 from tasks.slots import slot_of
 
 NOTHING_NEW, PROMOTED, REFUSED = "Nothing new", "Promoted", "Refused"
 POLL_SECONDS = 10  # between two looks whether a person has answered
+GRACE_SECONDS = 3600  # in which it can be said that nobody has
+NOBODY = "nobody"
 
 
 class Approval(RunInput):
@@ -81,15 +86,25 @@ def ask(config: PipelineConfig, candidate: Contender, reasons: tuple[str, ...]) 
     about = f"The gate would make run `{candidate.run_id}` the champion of `{config.name}`:\n\n{lines}"
     form = Approval.with_initial_data(description=about)
     get_run_logger().info("the gate would promote; waiting %g hours for a person's approval", hours)
+    in_time = threading.Timer(3600 * hours, _answer_for_nobody, [runtime.flow_run.id])
+    in_time.daemon = True
+    in_time.start()
     try:
-        answer = pause_flow_run(wait_for_input=form, timeout=int(3600 * hours), poll_interval=POLL_SECONDS)
-    except FlowPauseTimeout:
-        return Answer(False, "nobody", f"nobody approved it within {hours:g} hours")
-    verb = "approved" if answer.promote else "refused"
-    said = f"{verb} by {answer.who or 'a person'} in Prefect's UI"
-    return Answer(
-        answer.promote, answer.who or "a person in Prefect's UI", f"{said}: {answer.why}" if answer.why else said
-    )
+        timeout = int(3600 * hours) + GRACE_SECONDS
+        answer = pause_flow_run(wait_for_input=form, timeout=timeout, poll_interval=POLL_SECONDS)
+    finally:
+        in_time.cancel()
+    if answer.who == NOBODY:
+        return Answer(False, NOBODY, f"nobody approved it within {hours:g} hours")
+    who = answer.who or "a person"
+    said = f"{'approved' if answer.promote else 'refused'} by {who} in Prefect's UI"
+    return Answer(answer.promote, who, f"{said}: {answer.why}" if answer.why else said)
+
+
+def _answer_for_nobody(flow_run_id: str) -> None:
+    """Fill in the form where nobody has: Prefect itself would let the run fail, and take no other end of it."""
+    with get_client(sync_client=True) as client:
+        patiently(lambda: client.resume_flow_run(UUID(flow_run_id), run_input={"promote": False, "who": NOBODY}))
 
 
 def _compared(ingredients: Any, stages: list[str]) -> str:

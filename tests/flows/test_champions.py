@@ -231,7 +231,7 @@ def test_gc_keeps_what_one_can_go_back_to(
         (["rollback"], "expected"),
         (["rollback", "tiny"], "'tiny' has no champion"),
         (["rollback", "tiny", "--force"], "--force is for promote"),
-        (["tyni"], "pipeline 'tyni' has no champion and no candidate yet; did you mean 'tiny'?"),
+        (["tinny"], "pipeline 'tinny' has no champion and no candidate yet; did you mean 'tiny'?"),
         (["tiny", "--force"], "--force and --why are for promote and rollback"),
     ],
 )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from prefect.exceptions import FlowPauseTimeout
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.states import Completed
 
 from flows import retrain
 from flows.retrain import Approval
@@ -125,27 +129,25 @@ def test_the_champion_once_more_is_nothing_new(world: World, monkeypatch: pytest
     ("answer", "became", "who", "why"),
     [
         (Approval(promote=True, who="eve", why="read 9"), "Promoted", "eve", "approved by eve in Prefect's UI: read 9"),
-        (Approval(promote=True), "Promoted", "a person in Prefect's UI", "approved by a person in Prefect's UI"),
+        (Approval(promote=True), "Promoted", "a person", "approved by a person in Prefect's UI"),
         (Approval(who="eve", why="rude"), "Refused", None, "refused by eve in Prefect's UI: rude"),
-        (None, "Refused", None, "nobody approved it within 2 hours"),
+        (Approval(who="nobody"), "Refused", None, "nobody approved it within 2 hours"),
     ],
 )  # fmt: skip
 def test_a_person_has_the_last_word(
-    world: World, monkeypatch: pytest.MonkeyPatch, answer: Approval | None, became: str, who: str | None, why: str
+    world: World, monkeypatch: pytest.MonkeyPatch, answer: Approval, became: str, who: str | None, why: str
 ) -> None:
     asked: dict[str, Any] = {}
 
     def pause(**options: Any) -> Approval:
         asked.update(options)
-        if answer is None:
-            raise FlowPauseTimeout
         return answer
 
     monkeypatch.setattr(retrain, "pause_flow_run", pause)
     state = world.run(approval="true", approval_hours=2)
     assert state.name == became
     assert why in state.message
-    assert asked["timeout"] == 7200
+    assert asked["timeout"] == 7200 + retrain.GRACE_SECONDS
     assert "- the judge says so" in asked["wait_for_input"]._description
     last = champion.history(world.home, "demo").last
     assert (last.who if last else None) == who
@@ -171,3 +173,41 @@ def test_a_champion_that_changed_while_a_person_thought_is_not_overwritten(
     with pytest.raises(ValueError, match="the champion of 'demo' is old now"):
         world.run(approval="true")
     assert champion.champion(world.home, "demo") == OLD
+
+
+def asking(hours: float) -> Any:
+    """A flow that asks a person, as retraining does, and ends as it would."""
+    config = load("demo", overrides=[f"promotion.approval_hours={hours}"])
+
+    @flow(name=f"asking {hours}", validate_parameters=False)
+    def asking() -> Any:
+        answer = retrain.ask(config, MADE, ("the judge says so",))
+        return Completed(name=retrain.PROMOTED if answer.approved else retrain.REFUSED, message=answer.why)
+
+    return asking
+
+
+def test_prefect_asks_and_a_person_answers(prefect_api: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrain, "POLL_SECONDS", 0.2)
+    ended: list[Any] = []
+    thread = threading.Thread(target=lambda: ended.append(asking(1)(return_state=True)))
+    thread.start()
+    with get_client(sync_client=True) as client:
+        while not (paused := [run for run in client.read_flow_runs() if run.state and run.state.is_paused()]):
+            assert thread.is_alive()
+            time.sleep(0.2)
+        answer = client.resume_flow_run(paused[0].id, run_input={"promote": True, "who": "eve", "why": "read 9"})
+    assert answer.status.value == "ACCEPT"
+    thread.join()
+    [state] = ended
+    assert (state.name, state.message) == ("Promoted", "approved by eve in Prefect's UI: read 9")
+
+
+def test_prefect_asks_and_nobody_answers(prefect_api: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(retrain, "POLL_SECONDS", 0.2)
+    state = asking(0.0006)(return_state=True)  # 2 s
+    assert (state.name, state.message) == ("Refused", "nobody approved it within 0.0006 hours")
+    with get_client(sync_client=True) as client:
+        [run] = [run for run in client.read_flow_runs() if run.id == state.state_details.flow_run_id]
+    assert run.state is not None
+    assert run.state.name == "Refused"
