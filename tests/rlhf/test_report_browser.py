@@ -53,6 +53,7 @@ class Seen:
     def __init__(self, page: Page, address: str) -> None:
         self.page = page
         self.complaints: list[str] = []
+        page.set_default_timeout(120_000)  # milliseconds; a busy machine is no fault
         page.on("console", lambda message: self.complaints.append(message.text))
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.on("request", lambda request: self.complaints.append(request.url) if request.url != address else None)
