@@ -156,4 +156,6 @@ def size(count: int) -> str:
 
 
 def _number(value: float, decimals: int) -> str:
+    if abs(value) >= 1e5:
+        return f"{value:.1e}"
     return f"{value:.{decimals if abs(value) < 10 else 1 if abs(value) < 100 else 0}f}"
