@@ -27,7 +27,7 @@ TINY = (
     *("--set", "sft.max_steps=2", "--set", "reward.max_steps=2", "--set", "ppo.updates=1", "--set", "ppo.epochs=1"),
     *("--set", "evaluate.prompts=8", "--set", "evaluate.bootstrap=20", "--set", "promotion.min_prompts=2"),
     *("--set", "resources.threads=1", "--set", "evaluate.temperature=1"),
-    *("--set", "ppo.eval_every=0"),  # or the policy before training might be kept
+    *("--set", "ppo.eval_every=0"),
 )
 
 
