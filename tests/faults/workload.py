@@ -14,13 +14,18 @@ from rlhf.config import PipelineConfig
 REWARDS = """import hashlib, os, time
 
 def noted(prompts, responses, trial):
+    if len(prompts) != {evaluated}:
+        note(prompts, responses, trial)
+    return [len(set(response)) / (1 + len(response)) for response in responses]
+
+def note(prompts, responses, trial):
     asked = hashlib.sha256(repr(list(zip(prompts, responses))).encode()).hexdigest()[:16]
     with open({file!r}, "a") as log:
         log.write(f"{{trial}} {{os.environ.get('RANK', '0')}} {{asked}}\\n")
     time.sleep(0.2)  # so that there is some time to be disturbed in
-    return [len(set(response)) / (1 + len(response)) for response in responses]
 """
 UPDATES = 30
+EVALUATED = 5  # prompts of the evaluation, which asks the reward, too; no update asks about as many
 CALLS = "calls.txt"
 
 
@@ -28,7 +33,7 @@ def write(folder: Path) -> None:
     """The data and the reward function."""
     rows = [{"prompt": f"What is {i} plus {i}?", "response": f"It is {2 * i}."} for i in range(60)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "data.parquet")
-    (folder / "noted.py").write_text(REWARDS.format(file=str(folder / CALLS)))
+    (folder / "noted.py").write_text(REWARDS.format(file=str(folder / CALLS), evaluated=EVALUATED))
 
 
 def config(folder: Path, trial: str, processes: int = 1) -> PipelineConfig:
@@ -52,7 +57,7 @@ def config(folder: Path, trial: str, processes: int = 1) -> PipelineConfig:
             "minibatches": 1,
             "max_new_tokens": 8,
         },
-        "evaluate": {"prompts": 4, "max_new_tokens": 4, "bootstrap": 20, "scorers": {"brief": "brevity"}},
+        "evaluate": {"prompts": EVALUATED, "max_new_tokens": 4, "bootstrap": 20, "scorers": {"brief": "brevity"}},
         "resources": {"threads": 1, "processes": processes, "device": "cpu"},
     }
     return PipelineConfig.model_validate(values)

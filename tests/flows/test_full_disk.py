@@ -66,7 +66,8 @@ def test_the_disk_is_full_in_the_middle_of_ppo(tmp_path: Path, small_disk: Path)
     again = run(tmp_path, home, rewards)
     assert again.returncode == 0, again.stderr
     assert "sft: from the cache" in again.stdout
-    assert (tmp_path / "calls").read_text() == "x" * 7  # six updates, the fourth of them twice
+    # Six updates, the fourth of them twice; then the evaluation of base, SFT and PPO policies and of the references.
+    assert (tmp_path / "calls").read_text() == "x" * (7 + 4)
 
 
 def test_a_training_that_has_no_room_is_refused_before_it_begins(tmp_path: Path, small_disk: Path) -> None:

@@ -144,7 +144,7 @@ def test_learns_to_copy_and_every_later_stage_opens_it(pair: Any, capfd: pytest.
     assert captured.out + captured.err == ""
     model = AutoModelForSeq2SeqLM.from_pretrained(context.out / "model")
     held_out = examples(pair, "validation")
-    assert mean_loss(model, held_out) < min(1.0, mean_loss(base(pair), held_out) - 2)
+    assert mean_loss(model, held_out) < min(1.2, mean_loss(base(pair), held_out) - 2)
     assert finals["sft/validation_loss"] == pytest.approx(mean_loss(model, held_out), rel=1e-5)
     assert finals["sft/tokens"] == sum(len(response) for _, response in examples(pair))
     assert finals["sft/trainable_parameters"] == sum(parameter.numel() for parameter in model.parameters())
