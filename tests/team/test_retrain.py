@@ -16,7 +16,7 @@ from tests.team.conftest import Up, wait_for
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
-# It likes best whom it meets last: of base, SFT and PPO the last one; of PPO and a champion the champion.
+# It likes best whom it meets last: base, SFT, PPO and the references in turn; after them a champion.
 JUDGE = """
 import itertools
 
@@ -99,7 +99,7 @@ def test_a_schedule_retrains_when_there_is_something_new(up: Up, project: Path, 
         file.write(json.dumps({"prompt": "What is new?", "response": "This row."}) + "\n")
     [later] = wait_for(lambda: runs(up, nightly["id"], "Refused"), "one of the new data")
     assert "prepare: data.demonstrations[0] data.jsonl" in later["state"]["message"]
-    assert f"3.05 of the champion, run {held['run_id']}; the difference -1 is not surely" in later["state"]["message"]
+    assert f"4.05 of the champion, run {held['run_id']}; the difference -2 is not surely" in later["state"]["message"]
 
 
 @pytest.fixture

@@ -133,7 +133,7 @@ def test_the_configuration_has_the_options_of_the_engine() -> None:
     """One list of options: same names, same defaults."""
     section = Ppo().model_dump()
     assert {name: section[name] for name in vars(Settings())} == vars(Settings())
-    assert section.keys() - vars(Settings()).keys() == {"enabled", "rewards"}
+    assert section.keys() - vars(Settings()).keys() == {"enabled", "rewards", "judges"}
 
 
 @pytest.mark.parametrize("value", ["separate", "shared"])
