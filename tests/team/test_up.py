@@ -170,7 +170,7 @@ def test_files_and_functions_of_the_folder_that_it_was_started_in(up: Up) -> Non
         "judge=off",
         "reward=off",
     ]
-    changes += ["ppo.rewards={own.py:short: 1.0}", "evaluate.scorers={short: own_module:short}"]
+    changes += ["ppo.rewards={own.py:short: 1.0}", "ppo.judges={}", "evaluate.scorers={short: own_module:short}"]
     run = up.submit("preset/run", **SMOKE | {"overrides": [*SMOKE["overrides"], *changes]})
     assert up.finish(run) == "COMPLETED", up.api("GET", f"flow_runs/{run}")["state"]
     assert rows(up.artifacts(run)["stages"])["ppo"][1] == "ran"
