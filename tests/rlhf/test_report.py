@@ -289,7 +289,7 @@ def test_a_report_of_an_older_version_has_a_page(tmp_path: Path, missing: str) -
     for report in ({k: v for k, v in whole.items() if k != missing}, whole | {missing: None} if missing in (
         "pairs", "curves", "overoptimisation",
     ) else {missing: whole[missing]}):  # fmt: skip
-        Reader(page(made.sources(tmp_path, report)))
+        assert "Lineage" in Reader(page(made.sources(tmp_path, report))).text  # to the last section
 
 
 def test_without_what_this_issue_added(tmp_path: Path) -> None:
