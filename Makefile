@@ -14,7 +14,7 @@ demo: .venv/installed
 test: .venv/installed
 	$(TEST_ENV) $(BIN)/pytest -n 2 --dist worksteal --ignore tests/team --ignore tests/faults
 
-# `rlhf up` as a whole: real servers, a worker, a browser (chromium) where there is one.
+# Whole processes: `rlhf up` with its servers and worker, sweeps, launchers, a browser (chromium) where there is one.
 team: .venv/installed
 	$(TEST_ENV) $(BIN)/pytest tests/team
 

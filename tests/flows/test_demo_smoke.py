@@ -142,8 +142,9 @@ def test_an_override_runs_ppo_and_evaluate_and_mlflow_has_all(finished: Path, tm
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
-def test_a_killed_stage_resumes_to_the_same_bits(finished: Path, home: Path, stage: str) -> None:
+def test_a_killed_stage_resumes_to_the_same_bits(finished: Path, home: Path) -> None:
+    """Here PPO; tests/faults kills at any moment of any stage, and each training's own tests resume at any step."""
+    stage = "ppo"
     arguments = ("run", "demo", "--size", "smoke", *CONFIG, "--only", stage)
     key = plan(home)[stage]["key"]
     work = home / "work" / f"{stage}-{key}"
@@ -172,18 +173,6 @@ def stages_of(home: Path) -> list[dict[str, bool]]:
     """For each run, the stages that finished, and whether they came from the cache."""
     records = [json.loads(path.read_text()) for path in sorted((home / "runs").glob("*/run.json"))]
     return [{name: row["cached"] for name, row in record["stages"].items()} for record in records]
-
-
-def test_two_runs_at_once_compute_each_stage_once(finished: Path, tmp_path: Path) -> None:
-    home = tmp_path / "home"
-    home.mkdir()
-    arguments = ("run", "demo", "--size", "smoke", *CONFIG)
-    both = [start(home, *arguments), start(home, *arguments)]
-    outputs = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    one, other = stages_of(home)
-    assert {name: sorted((one[name], other[name])) for name in STAGES} == {name: [False, True] for name in STAGES}
-    assert digests(home) == digests(finished)
 
 
 def test_of_two_runs_the_one_left_finishes(finished: Path, home: Path) -> None:

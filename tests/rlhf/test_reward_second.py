@@ -104,9 +104,9 @@ def test_curves_of_both_and_one_progress(toy: Any) -> None:
 
 
 # ------------------------------------------------------------------------------------------------- stopping, resuming
-@pytest.mark.parametrize("step", [3, 5, 6, 8, 10])
+@pytest.mark.parametrize("step", [3, 5, 8])
 def test_resumes_bit_identically_in_either_training(step: int, toy: Any) -> None:
-    """Checkpoints are at steps 2, 4 and 5 of each: in the first, at its end, before and after the second's first."""
+    """Checkpoints are at steps 2, 4 and 5 of each: in the first, at its end, after the second's first."""
     whole = toy.context("reward", run="whole", reward=BOTH)
     finals = reward.run(whole)
     with pytest.raises(KeyboardInterrupt):
