@@ -60,8 +60,8 @@ def prefect_api() -> str:
 
 
 @pytest.fixture
-def rlhf(prefect_api: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """The command line in this process: exit code, standard output, standard error."""
+def offline_rlhf(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """The command line in this process, for verbs that need no Prefect: exit code, standard output, standard error."""
     from flows.cli import main
 
     def call(*arguments: str) -> tuple[int, str, str]:
@@ -71,3 +71,9 @@ def rlhf(prefect_api: str, capsys: pytest.CaptureFixture[str]) -> Callable[..., 
         return code, captured.out, captured.err
 
     return call
+
+
+@pytest.fixture
+def rlhf(prefect_api: str, offline_rlhf: Callable[..., tuple[int, str, str]]) -> Callable[..., tuple[int, str, str]]:
+    """The same for all verbs."""
+    return offline_rlhf

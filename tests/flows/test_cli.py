@@ -17,16 +17,9 @@ Rlhf = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def rlhf(capsys: pytest.CaptureFixture[str]) -> Rlhf:
-    """The command line in this process, for verbs that need no Prefect."""
-    from flows.cli import main
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = main(arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+def rlhf(offline_rlhf: Rlhf) -> Rlhf:
+    """The command line in this process."""
+    return offline_rlhf
 
 
 def test_presets_are_listed(rlhf: Rlhf) -> None:

@@ -24,18 +24,10 @@ WINS = {
 
 
 @pytest.fixture
-def rlhf(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Rlhf:
-    """The command line in this process, for verbs that need no Prefect, on a terminal of 100 columns."""
-    from flows.cli import main
-
+def rlhf(offline_rlhf: Rlhf, monkeypatch: pytest.MonkeyPatch) -> Rlhf:
+    """The command line on a terminal of 100 columns."""
     monkeypatch.setenv("COLUMNS", "100")
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = main(arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return offline_rlhf
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import shutil
@@ -46,16 +47,9 @@ resources: {device: cpu, threads: 1}
 
 
 @pytest.fixture
-def rlhf(capsys: pytest.CaptureFixture[str]) -> Rlhf:
-    """The command line in this process."""
-    from flows.cli import main
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = main(["generate", *arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+def rlhf(offline_rlhf: Rlhf) -> Rlhf:
+    """The command ``rlhf generate`` in this process."""
+    return functools.partial(offline_rlhf, "generate")
 
 
 @pytest.fixture

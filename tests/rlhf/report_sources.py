@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import pyarrow.parquet as pq
 
 from rlhf.artifacts import Manifest
 from rlhf.config import PipelineConfig
-from rlhf.report import Sources
+from rlhf.report import Sources, words
 from rlhf.runs import RunRecord
 from rlhf.tracker import JournalTracker
 
@@ -228,3 +229,41 @@ def manifest(stage: str) -> Manifest:
 
 def _write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, allow_nan=False), encoding="utf-8")
+
+
+class Reader(HTMLParser):
+    """Collects tags, attributes that could load or run something, and text; notices tags that are not closed."""
+
+    VOID = ("meta", "input", "br")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.links: list[str] = []
+        self.handlers: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "action", "srcset", "data")]
+        self.handlers += [name for name, _ in attrs if name.startswith("on") or name == "style"]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] not in ("script", "style"):
+            self.text += data
+
+    @property
+    def line(self) -> str:
+        """All text, on one line."""
+        return " ".join(self.text.replace(words.NBSP, " ").split())
