@@ -6,23 +6,27 @@ BIN := .venv/bin
 # One thread a process: several test processes on few cores otherwise slow each other down tenfold.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: demo test team faults check lint types bench mutations wheel clean
+.PHONY: demo test team processes faults check lint types bench mutations wheel clean
 
 demo: .venv/installed
 	$(BIN)/rlhf run demo
 
 test: .venv/installed
-	$(TEST_ENV) $(BIN)/pytest -n 2 --dist worksteal --ignore tests/team --ignore tests/faults
+	$(TEST_ENV) $(BIN)/pytest -n 2 --dist worksteal --ignore tests/team --ignore tests/processes --ignore tests/faults
 
-# Whole processes: `rlhf up` with its servers and worker, sweeps, launchers, a browser (chromium) where there is one.
+# `rlhf up` as a whole: real servers, a worker, a browser (chromium) where there is one.
 team: .venv/installed
 	$(TEST_ENV) $(BIN)/pytest tests/team
+
+# Other whole processes: sweeps, launchers, a full disk, an S3 server, the report in a browser.
+processes: .venv/installed
+	$(TEST_ENV) $(BIN)/pytest -n 2 --dist worksteal tests/processes
 
 # Each fault at three random moments; docs/reliability.md has the table, and says how to make it.
 faults: .venv/installed
 	$(TEST_ENV) $(BIN)/pytest -n 2 --dist worksteal tests/faults
 
-check: lint types test team
+check: lint types test team processes
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 from rlhf.runs import read_runs
+from tests.processes.sleeping import PLAN, sleeps
 from tests.rlhf.projects import good
 from tests.team.conftest import wait_for
-from tests.team.sleeping import PLAN, sleeps
 
 SHORT = (
     "judge=off",

@@ -1,7 +1,7 @@
 """The report in a real browser without a network: no error, no fault of accessibility, on a desk, a phone and paper.
 
 With ``RLHF_SCREENSHOTS`` naming a folder, pictures for the docs are written there, of the report ``RLHF_REPORT``:
-``RLHF_REPORT=$(rlhf report) RLHF_SCREENSHOTS=docs/images pytest tests/team/test_report_browser.py -k picture``.
+``RLHF_REPORT=$(rlhf report) RLHF_SCREENSHOTS=docs/images pytest tests/processes/test_report_browser.py -k picture``.
 """
 
 from __future__ import annotations

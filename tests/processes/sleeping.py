@@ -1,6 +1,6 @@
 """The command line ``rlhf`` with stages that only sleep, and note when: for tests of how runs share slots.
 
-    RLHF_TEST_SLEEPS='{"file": ..., "runs": 8, "seconds": {"ppo": 5.0}}' python tests/team/sleeping.py sweep ...
+    RLHF_TEST_SLEEPS='{"file": ..., "runs": 8, "seconds": {"ppo": 5.0}}' python tests/processes/sleeping.py sweep ...
 
 A sweep's processes import this file again, as they are spawned, so that their stages sleep, too. ``prepare`` first
 waits until so many runs are there, whose start-up is thus not counted.
