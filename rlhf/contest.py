@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from rlhf import metrics, models, rewards, training
+from rlhf import computing, metrics, models, rewards
 from rlhf.artifacts import Store
 from rlhf.champion import Contender
 from rlhf.config import PipelineConfig
@@ -101,7 +101,7 @@ def _scorer(config: PipelineConfig, store: Store, candidate: Contender) -> rewar
         return rewards.make_scorer(spec.function, spec.arguments)
     path, trusted = _directory(store, candidate, "reward") / HELD_OUT, config.model.trust_remote_code
     model = models.load_reward_model(path, trust_remote_code=trusted, dtype=config.model.dtype).eval()
-    model.to(training.device_of(config.resources))
+    model.to(computing.device_of(config.resources))
     return rewards.RewardModel(model, models.load_tokenizer(path, trust_remote_code=trusted))
 
 
@@ -120,10 +120,10 @@ def _champions(
         dtype=config.model.dtype,
     )
     sampling = Sampling(settings.max_new_tokens, settings.temperature, config.seed)
-    training.seed_everything(config.seed)  # only a scorer might draw from the global generators
+    computing.seed_everything(config.seed)  # only a scorer might draw from the global generators
     answers = respond(place, prompts, sampling, config.resources, stream="evaluate", batch_size=settings.batch_size)
     texts = [answer.text for answer in answers]
-    with torch.no_grad(), training.autocast(config.resources), training.quiet():
+    with torch.no_grad(), computing.autocast(config.resources), computing.quiet():
         scores = _scorer(config, store, candidate)(prompts, texts, columns)
     return texts, np.array(scores, dtype=np.float64)
 

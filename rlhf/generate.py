@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlhf import models, rewards, training
+from rlhf import computing, models, rewards
 from rlhf.config import PipelineConfig, Resources
 from rlhf.errors import DataError, RewardError
 from rlhf.policies import Place
@@ -65,9 +65,9 @@ def respond(
         DataError: a prompt has no token, or leaves no room for the response in the model's context.
         ModelError: the policy cannot be loaded.
     """
-    device = training.device_of(resources)
-    training.set_up_cpu(resources)
-    with torch.no_grad(), training.autocast(resources), training.quiet():
+    device = computing.device_of(resources)
+    computing.set_up_cpu(resources)
+    with torch.no_grad(), computing.autocast(resources), computing.quiet():
         tokenizer = models.load_tokenizer(place.path, **place.options)
         model = models.load_policy(place.path, **place.options, dtype=place.dtype)
         policy = Policy(model.to(device).eval())
@@ -115,9 +115,9 @@ def scorers(
     found: dict[str, rewards.Scorer] = {}
     notes = []
     if reward_model is not None:
-        with training.quiet():
+        with computing.quiet():
             model = models.load_reward_model(reward_model.path, **reward_model.options, dtype=reward_model.dtype)
-        model.eval().to(training.device_of(config.resources))
+        model.eval().to(computing.device_of(config.resources))
         found["reward"] = rewards.RewardModel(model, models.load_tokenizer(reward_model.path, **reward_model.options))
     called = labels(config.ppo.rewards)
     named = {called[name]: spec for name, spec in config.ppo.rewards.items() if spec.function != "model"}
@@ -155,7 +155,7 @@ def score(
     notes = []
     for name, scorer in by.items():
         try:
-            with torch.no_grad(), training.autocast(resources):
+            with torch.no_grad(), computing.autocast(resources):
                 scores = [scorer(prompts, [one.text for one in answer], columns) for answer in answers.values()]
         except RewardError as error:
             notes.append(f"score {name}: left out: {error}")

@@ -20,7 +20,7 @@ from datasets import Dataset
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from rlhf import adapt, models, processes, training
+from rlhf import adapt, computing, models, processes, training
 from rlhf.callback import log_values
 
 if TYPE_CHECKING:
@@ -82,8 +82,8 @@ def run(context: Context) -> dict[str, float]:
         TrainingError: a loss or gradient is not finite.
     """
     config = context.config
-    training.set_up_cpu(config.resources)
-    training.seed_everything(config.seed)
+    computing.set_up_cpu(config.resources)
+    computing.seed_everything(config.seed)
     base = context.base_model()
     tokenizer = models.load_tokenizer(base, **context.model_options(base))
     model: Any = models.load_policy(base, **context.model_options(base), dtype=config.model.dtype)
@@ -105,7 +105,7 @@ def run(context: Context) -> dict[str, float]:
         return {}
     final = validate()
     trained = trainer.model
-    trainable = training.trainable_parameters(trained)
+    trainable = computing.trainable_parameters(trained)
     if config.model.lora_rank:
         trained = adapt.merge_lora(trained)
     models.save(trained, tokenizer, context.out / "model")

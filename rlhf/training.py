@@ -1,4 +1,4 @@
-"""What trainings share: seeds, threads, device; and the Hugging Face Trainer made to resume exactly and to report here.
+"""The Hugging Face Trainer of the supervised stages, made to resume exactly and to report here.
 
 The optimizer steps of a Trainer are a function of the seed, the rows and the settings alone: rows come in an order
 that is computed from seed and epoch, and a run that resumes from a checkpoint ends with the same weights and the
@@ -10,26 +10,23 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Sampler
-from transformers import PrinterCallback, TrainerState, TrainingArguments, set_seed
+from transformers import PrinterCallback, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.utils import logging as hf_logging
 
-from rlhf import allocator, checkpoints, disk, processes
+from rlhf import checkpoints, computing, disk, processes
 from rlhf.callback import MARK, PipelineCallback, not_finite
-from rlhf.errors import ConfigError, StoppedError, TrainingError
+from rlhf.errors import StoppedError, TrainingError
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from rlhf.config import Resources
     from rlhf.context import Context
     from rlhf.supervised import Supervised
 
@@ -42,64 +39,6 @@ SORTED_TOGETHER = 50  # batches whose rows are sorted by length among themselves
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
-# ---------------------------------------------------------------------------------------- seeds, threads, device
-def seed_everything(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and torch (every device)."""
-    set_seed(seed)
-
-
-def set_up_cpu(resources: Resources) -> None:
-    """Keep freed memory, and set torch's number of CPU threads; 0 leaves it: all cores, or OMP_NUM_THREADS."""
-    allocator.keep_freed_memory()
-    if resources.threads:
-        torch.set_num_threads(resources.threads)
-
-
-def device_of(resources: Resources) -> torch.device:
-    """The device to compute on.
-
-    Raises:
-        ConfigError: CUDA is asked for and there is none.
-    """
-    if resources.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            "resources.device is `cuda`, but torch sees no CUDA device: install a CUDA build of torch, or set "
-            "resources.device to `auto` or `cpu`"
-        )
-    wants_cuda = resources.device != "cpu" and torch.cuda.is_available()
-    return torch.device("cuda" if wants_cuda else "cpu")
-
-
-def mixed_precision(resources: Resources) -> Literal["no", "bf16", "fp16"]:
-    """The type under autocast, as accelerate calls it; with ``auto``, bf16 where there is CUDA and none elsewhere.
-
-    Raises:
-        ConfigError: fp16 is asked for and there is no CUDA device.
-    """
-    device = device_of(resources)
-    match resources.precision:
-        case "fp32":
-            return "no"
-        case "bf16":
-            return "bf16"
-        case "fp16":
-            if device.type != "cuda":
-                raise ConfigError(
-                    "resources.precision is `fp16`, which needs a CUDA device; set it to `bf16`, `fp32` or `auto`"
-                )
-            return "fp16"
-        case "auto":
-            return "bf16" if device.type == "cuda" else "no"
-
-
-def autocast(resources: Resources) -> torch.autocast:
-    """A context of forward passes in the precision that the configuration asks for."""
-    found = mixed_precision(resources)
-    dtype = torch.float16 if found == "fp16" else torch.bfloat16
-    return torch.autocast(device_of(resources).type, dtype, enabled=found != "no")
-
-
-# ------------------------------------------------------------------------------------------- Hugging Face Trainer
 def training_arguments(cls: type[A], section: Supervised, context: Context, **extra: Any) -> A:
     """The arguments of a Hugging Face Trainer for one of the supervised stages.
 
@@ -112,7 +51,7 @@ def training_arguments(cls: type[A], section: Supervised, context: Context, **ex
         cls: ``SFTConfig`` or ``RewardConfig``, or any other kind of ``TrainingArguments``.
         extra: further arguments of ``cls``.
     """
-    config, device = context.config, device_of(context.config.resources)
+    config, device = context.config, computing.device_of(context.config.resources)
     share = math.ceil(section.batch_size / processes.count())
     micro_batch = min(section.micro_batch_size or share, share)
     arguments: A = cls(
@@ -136,8 +75,8 @@ def training_arguments(cls: type[A], section: Supervised, context: Context, **ex
         seed=config.seed,
         data_seed=config.seed,
         use_cpu=device.type == "cpu",
-        bf16=mixed_precision(config.resources) == "bf16",
-        fp16=mixed_precision(config.resources) == "fp16",
+        bf16=computing.mixed_precision(config.resources) == "bf16",
+        fp16=computing.mixed_precision(config.resources) == "fp16",
         use_cache=True,  # in the configuration that is saved; the trainers' own forward passes do without
         activation_checkpointing=config.model.gradient_checkpointing,
         dataloader_pin_memory=device.type == "cuda",
@@ -265,8 +204,8 @@ def train(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(PipelineCallback(context, evaluate))
     if processes.index():  # processes drop out different activations; adapters and heads are those of process 0 anyway
-        seed_everything(context.config.seed + processes.index())
-    with quiet():
+        computing.seed_everything(context.config.seed + processes.index())
+    with computing.quiet():
         if not _taken_up_whole(trainer, checkpoint):
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if (step := trainer.state.global_step) < trainer.state.max_steps:
@@ -287,48 +226,20 @@ def _taken_up_whole(trainer: Trainer, checkpoint: Path | None) -> bool:
 
 def _check_room(model: torch.nn.Module, context: Context, trainings: int) -> None:
     """A checkpoint has all weights of a model, or its adapters."""
-    learning, every = trainable_parameters(model), bytes_of(model.parameters())
-    saved = bytes_of(p for p in model.parameters() if p.requires_grad) if context.config.model.lora_rank else every
+    learning, every = computing.trainable_parameters(model), computing.bytes_of(model.parameters())
+    saved = (
+        computing.bytes_of(p for p in model.parameters() if p.requires_grad)
+        if context.config.model.lora_rank
+        else every
+    )
     wanted = trainings * disk.training_bytes(saved, learning, every)
     disk.check_room(context.checkpoints, wanted, f"{context.stage}, with its checkpoints,")
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the progress bars of transformers, which draws one for every model that is saved.
-
-    And without its warning at a resume that weights are missing from the checkpoint: those are the ones tied to
-    others, which are never saved twice. A file that is really missing is seen before (``checkpoints.latest``).
-    """
-    bars, trainer_log = hf_logging.is_progress_bar_enabled(), logging.getLogger("transformers.trainer")
-    hf_logging.disable_progress_bar()
-    trainer_log.addFilter(_no_tied_weights)
-    try:
-        yield
-    finally:
-        trainer_log.removeFilter(_no_tied_weights)
-        if bars:
-            hf_logging.enable_progress_bar()
-
-
-def _no_tied_weights(record: logging.LogRecord) -> bool:
-    return "missing keys in the checkpoint" not in record.getMessage()
-
-
-# -------------------------------------------------------------------------------------------------- small helpers
+# ---------------------------------------------------------------------------------------------------- small helpers
 def last_logged(trainer: Trainer, name: str) -> float:
     """The value that a Trainer logged last under a name."""
     return next(float(entry[name]) for entry in reversed(trainer.state.log_history) if name in entry)
-
-
-def trainable_parameters(model: torch.nn.Module) -> int:
-    """How many numbers the optimizer changes."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
-    """What tensors take, in bytes."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def batches_by_length(rows: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:

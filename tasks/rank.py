@@ -21,7 +21,7 @@ import time
 import traceback
 from pathlib import Path
 
-from rlhf import processes, training
+from rlhf import computing, processes
 from rlhf.config import PipelineConfig
 from rlhf.context import Context
 from rlhf.errors import ConfigError
@@ -47,7 +47,7 @@ def run(place: Path) -> None:
         )
     first = processes.index() == 0
     config = PipelineConfig.model_validate(spec.config)
-    os.environ["ACCELERATE_MIXED_PRECISION"] = training.mixed_precision(config.resources)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = computing.mixed_precision(config.resources)
     context = Context(
         stage=spec.stage,
         config=config,

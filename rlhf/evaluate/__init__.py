@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rlhf import training
+from rlhf import computing
 from rlhf.context import Context
 from rlhf.evaluate import answers as answering
 from rlhf.evaluate import earlier, figures, files, judged
@@ -43,11 +43,11 @@ def run(context: Context) -> dict[str, float]:
         RewardError: a function failed.
     """
     config = context.config
-    training.set_up_cpu(config.resources)
-    training.seed_everything(config.seed)  # only a function of the user might draw from the global generators
-    device = training.device_of(config.resources)
+    computing.set_up_cpu(config.resources)
+    computing.seed_everything(config.seed)  # only a function of the user might draw from the global generators
+    device = computing.device_of(config.resources)
     by = judged.functions(config)
-    with torch.no_grad(), training.autocast(config.resources), training.quiet():
+    with torch.no_grad(), computing.autocast(config.resources), computing.quiet():
         rows = answering.held_out(context)
         answers = answering.of_policies(context, rows, device)
         if given := answering.given(context, rows):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf import models, training
+from rlhf import computing, models
 from rlhf.config import Evaluate
 from rlhf.context import Context
 from rlhf.errors import ConfigError, DataError
@@ -165,7 +165,7 @@ def size(model: torch.nn.Module) -> dict[str, float]:
     """How many parameters a model has, and what they take in the memory, in MB (10^6 bytes)."""
     return {
         "parameters": float(sum(parameter.numel() for parameter in model.parameters())),
-        "size_mb": training.bytes_of(model.parameters()) / 1e6,
+        "size_mb": computing.bytes_of(model.parameters()) / 1e6,
     }
 
 

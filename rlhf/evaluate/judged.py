@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlhf import metrics, models, promotion, rewards, training
+from rlhf import computing, metrics, models, promotion, rewards
 from rlhf.config import PipelineConfig
 from rlhf.context import Context
 from rlhf.evaluate.answers import Answers, HeldOut, size
@@ -86,7 +86,7 @@ def _score_by_model(context: Context, name: str, rows: HeldOut, answers: Mapping
     """Scores of a reward model, which leaves the memory at the end; its size."""
     path, trusted = context.input(REWARD_MODELS[name]), context.config.model.trust_remote_code
     model = models.load_reward_model(path, trust_remote_code=trusted, dtype=context.config.model.dtype)
-    model.eval().to(training.device_of(context.config.resources))
+    model.eval().to(computing.device_of(context.config.resources))
     scorer = rewards.RewardModel(model, models.load_tokenizer(path, trust_remote_code=trusted))
     for answer in answers.values():
         answer.values[name] = _scores(scorer, rows, answer.texts)

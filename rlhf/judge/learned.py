@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlhf import reward, rewards, training
+from rlhf import computing, reward, rewards
 from rlhf.judge.judges import Columns
 
 if TYPE_CHECKING:
@@ -22,14 +22,14 @@ def judge_model(context: Context) -> Callable[[Sequence[str], Sequence[str], Col
         ModelError, DataError, TrainingError: of the training.
     """
     section = context.config.judge.model
-    training.set_up_cpu(context.config.resources)
+    computing.set_up_cpu(context.config.resources)
     config = context.config.model_copy(update={"reward": section})
     model, tokenizer, *_ = reward.learn(replace(context, config=config))
     model.eval().requires_grad_(False)
     scorer = rewards.RewardModel(model, tokenizer)
 
     def score(prompts: Sequence[str], responses: Sequence[str], columns: Columns) -> Sequence[float]:
-        with torch.no_grad(), training.autocast(context.config.resources):
+        with torch.no_grad(), computing.autocast(context.config.resources):
             return scorer(prompts, responses, columns)
 
     return score

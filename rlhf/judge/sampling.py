@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlhf import models, training
+from rlhf import computing, models
 from rlhf.ppo import batching
 from rlhf.ppo.batching import Prompts
 from rlhf.ppo.checks import check_policy
@@ -26,11 +26,11 @@ def samples(context: Context, split: str, given: Sequence[str]) -> Iterator[list
         DataError: a prompt leaves no room for a response.
     """
     config, section = context.config, context.config.judge
-    training.set_up_cpu(config.resources)
-    device = training.device_of(config.resources)
+    computing.set_up_cpu(config.resources)
+    device = computing.device_of(config.resources)
     path = context.sft_model()
     tokenizer = models.load_tokenizer(path, **context.model_options(path))
-    with training.quiet():
+    with computing.quiet():
         model = models.load_policy(path, **context.model_options(path), dtype=config.model.dtype)
         policy = Policy(model.to(device).eval())
     check_policy(policy)
@@ -44,7 +44,7 @@ def samples(context: Context, split: str, given: Sequence[str]) -> Iterator[list
     for start in range(0, len(texts), size):
         rows = range(start, min(start + size, len(texts)))
         uniforms = torch.rand(len(rows), section.max_new_tokens, generator=generator)
-        with torch.no_grad(), training.autocast(config.resources):
+        with torch.no_grad(), computing.autocast(config.resources):
             found = collect(policy, tokenizer, prompts.select(rows), uniforms, section.temperature, device)
         for row in range(0, len(rows), section.samples):
             yield found.responses[row : row + section.samples]

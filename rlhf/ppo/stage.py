@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf import adapt, disk, models, rewards, training
+from rlhf import adapt, computing, disk, models, rewards
 from rlhf.errors import DataError
 from rlhf.ppo import state
 from rlhf.ppo.batching import Prompts
@@ -47,8 +47,8 @@ def run(context: Context) -> dict[str, float]:
         TrainingError: a score, loss or gradient is not finite.
     """
     config = context.config
-    training.set_up_cpu(config.resources)
-    training.seed_everything(config.seed)
+    computing.set_up_cpu(config.resources)
+    computing.seed_everything(config.seed)
     accelerator = make_accelerator(config.resources)
     where = context.model_options(context.sft_model())
     tokenizer = models.load_tokenizer(context.sft_model(), **where)
@@ -84,7 +84,7 @@ def run(context: Context) -> dict[str, float]:
     finals = trainer.train()
     if accelerator.is_main_process:
         save(trainer, context.out)
-    return finals | {"ppo/trainable_parameters": float(training.trainable_parameters(trainer.policy))}
+    return finals | {"ppo/trainable_parameters": float(computing.trainable_parameters(trainer.policy))}
 
 
 def check_disk(trainer: Trainer) -> None:
@@ -94,11 +94,11 @@ def check_disk(trainer: Trainer) -> None:
         StorageError: there is not.
     """
     both = [model for model in (trainer.policy, trainer.value_model) if model is not None]
-    learning = sum(training.trainable_parameters(model) for model in both)
+    learning = sum(computing.trainable_parameters(model) for model in both)
     weights = learning * 4  # in float32
-    best = 2 * training.trainable_parameters(trainer.policy) * 4 if trainer.settings.eval_every else 0
+    best = 2 * computing.trainable_parameters(trainer.policy) * 4 if trainer.settings.eval_every else 0
     state = weights + learning * disk.MOMENTS_BYTES
-    result = sum(training.bytes_of(model.parameters()) for model in both) + state + best
+    result = sum(computing.bytes_of(model.parameters()) for model in both) + state + best
     disk.check_room(trainer.checkpoints, disk.training_bytes(weights, learning, result), "ppo, with its checkpoints,")
 
 
@@ -124,8 +124,8 @@ def save(trainer: Trainer, out: Path) -> None:
 
 def make_accelerator(resources: Resources) -> Accelerator:
     """Device and precision of the forward passes."""
-    cpu = training.device_of(resources).type == "cpu"
-    return Accelerator(cpu=cpu, mixed_precision=training.mixed_precision(resources))
+    cpu = computing.device_of(resources).type == "cpu"
+    return Accelerator(cpu=cpu, mixed_precision=computing.mixed_precision(resources))
 
 
 def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, encoder: bool = False) -> Prompts:

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from rlhf import adapt, models, plots, processes, training
+from rlhf import adapt, computing, models, plots, processes, training
 from rlhf.callback import log_values
 from rlhf.errors import DataError, ModelError
 from rlhf.intervals import Floats, without_nan
@@ -62,7 +62,7 @@ def run(context: Context) -> dict[str, float]:
         TrainingError: a loss or gradient is not finite.
     """
     config, section = context.config, context.config.reward
-    training.set_up_cpu(config.resources)
+    computing.set_up_cpu(config.resources)
     parts, learnt = second.trainings(context), list[Learnt]()
     for left, part in zip(range(len(parts), 0, -1), parts, strict=True):
         learnt.append(learn(part, left))
@@ -70,7 +70,7 @@ def run(context: Context) -> dict[str, float]:
         gc.collect()  # its optimizer: the next training has the accelerator to itself
     if processes.index():
         return {}
-    first, device = learnt[0], training.device_of(config.resources)
+    first, device = learnt[0], computing.device_of(config.resources)
     read = Reader(context, first.tokenizer, first.model)
     pairs, ratings, train = read.pairs("test"), read.ratings("test"), first.train
     references = read.references() or (train.chosen if isinstance(train, Pairs) else train.texts)[:REFERENCES]
@@ -106,7 +106,7 @@ def learn(context: Context, trainings: int = 1) -> Learnt:
     Raises:
         ModelError, DataError, TrainingError: as ``run``.
     """
-    training.seed_everything(context.config.seed)
+    computing.seed_everything(context.config.seed)
     model, tokenizer = _start(context)
     read, objective = Reader(context, tokenizer, model), context.config.reward.objective
     train, validation = (_examples(read, objective, split) for split in ("train", "validation"))
@@ -149,7 +149,7 @@ def _trained(
     """
     section = context.config.reward
     trainer = make_trainer(context, model, tokenizer, train)
-    trainable = training.trainable_parameters(trainer.model)
+    trainable = computing.trainable_parameters(trainer.model)
 
     def validate() -> dict[str, float]:
         return _validation(trainer.model, validation, section.micro_batch_size or section.batch_size)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf import disk, sft, training
+from rlhf import computing, disk, sft
 from rlhf.errors import StorageError
 
 
@@ -52,9 +52,9 @@ def test_a_training_asks_for_as_much_as_it_writes(
 
 def tensor_bytes(path: Path) -> int:
     if path.suffix == ".safetensors":
-        return training.bytes_of(load_file(path).values())
+        return computing.bytes_of(load_file(path).values())
     moments = torch.load(path, weights_only=True)["state"].values()
-    return training.bytes_of(tensor for one in moments for tensor in one.values() if tensor.ndim)
+    return computing.bytes_of(tensor for one in moments for tensor in one.values() if tensor.ndim)
 
 
 def test_a_training_without_room_does_not_begin(toy: Any, free: Any) -> None:
@@ -67,7 +67,7 @@ def test_a_training_without_room_does_not_begin(toy: Any, free: Any) -> None:
 
 
 def test_bytes_of() -> None:
-    assert training.bytes_of([torch.zeros(3), torch.zeros(2, dtype=torch.bfloat16)]) == 16
+    assert computing.bytes_of([torch.zeros(3), torch.zeros(2, dtype=torch.bfloat16)]) == 16
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 from trl import RewardConfig
 
-from rlhf import checkpoints, models, processes, sft, training
+from rlhf import checkpoints, computing, models, processes, sft, training
 from rlhf.config import Model
 from rlhf.context import Context
 from rlhf.random_weights import random_model
@@ -294,6 +294,6 @@ def test_each_process_drops_out_other_activations(index: int, toy: Any, monkeypa
 
     monkeypatch.setattr(processes, "index", lambda: index)
     context, trainer = toy.context("sft"), Trainer()
-    training.seed_everything(context.config.seed)
+    computing.seed_everything(context.config.seed)
     training.train(trainer, context, None)  # type: ignore[arg-type]
     assert trainer.seed == context.config.seed + index

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rlhf import adapt, checkpoints, models, reward, training
+from rlhf import adapt, checkpoints, computing, models, reward, training
 from rlhf.errors import DataError, StoppedError, TrainingError
 from rlhf.reward import held_out, trainer
 from rlhf.reward.held_out import Scores
@@ -87,7 +87,7 @@ def test_the_trainer_reads_the_same_scores(toy: Any) -> None:
     for center in (0.0, 0.5):
         section = {"max_steps": 1, "batch_size": 84, "log_every": 1, "center": center}
         context = toy.context("reward", run=f"center {center}", reward=section)
-        training.seed_everything(3)
+        computing.seed_everything(3)
         model = models.reward_from_policy(toy.shared / "sft/model")
         chosen, rejected = (by_hand(model, rows_of(toy, "train", side, model)) for side in ("chosen", "rejected"))
         loss = -F.logsigmoid(chosen - rejected).mean() + center * ((chosen + rejected) ** 2).mean()
@@ -294,7 +294,7 @@ def test_lora_is_merged_with_its_head(toy: Any, monkeypatch: pytest.MonkeyPatch)
     policy = models.load_policy(toy.shared / "sft/model")
     assert torch.equal(saved.transformer.wte.weight, policy.transformer.wte.weight)
     assert not torch.equal(saved.transformer.h[0].mlp.c_fc.weight, policy.transformer.h[0].mlp.c_fc.weight)
-    training.seed_everything(3)
+    computing.seed_everything(3)
     assert not torch.equal(saved.score.weight, models.reward_from_policy(toy.shared / "sft/model").score.weight)
 
 

@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional as F
 
-from rlhf import models, reward, training
+from rlhf import computing, models, reward
 from rlhf.config import Reward
 from rlhf.errors import DataError, TrainingError
 from rlhf.reward import rows, trainer
@@ -86,7 +86,7 @@ def test_the_trainer_subtracts_margins_and_takes_null_for_none(toy: Any, tmp_pat
     context = toy.context("reward", reward={"max_steps": 1, "batch_size": n, "log_every": 1})
     with_prepare(toy, context, tmp_path / "other")
     write(tmp_path / "other", "preferences", "train", columns | {"margin": pa.array(margins, pa.float64())})
-    training.seed_everything(3)
+    computing.seed_everything(3)
     model, tokenizer = (
         models.reward_from_policy(toy.shared / "sft/model"),
         models.load_tokenizer(toy.shared / "sft/model"),
@@ -110,7 +110,7 @@ def test_the_trainer_weighs_rankings_the_same(toy: Any, tmp_path: Path) -> None:
     context = toy.context("reward", reward={"max_steps": 1, "batch_size": 24, "log_every": 1})
     with_prepare(toy, context, tmp_path / "other")
     write(tmp_path / "other", "preferences", "train", columns)
-    training.seed_everything(3)
+    computing.seed_everything(3)
     model, tokenizer = (
         models.reward_from_policy(toy.shared / "sft/model"),
         models.load_tokenizer(toy.shared / "sft/model"),
@@ -232,7 +232,7 @@ def test_the_loss_of_the_trainer_is_the_squared_error(toy: Any, tmp_path: Path) 
     context = toy.context("reward", reward={"objective": "regression", "max_steps": 1, "batch_size": n, "log_every": 1})
     with_prepare(toy, context, tmp_path / "other")
     write(tmp_path / "other", "ratings", "train", columns)
-    training.seed_everything(3)
+    computing.seed_everything(3)
     model, tokenizer = (
         models.reward_from_policy(toy.shared / "sft/model"),
         models.load_tokenizer(toy.shared / "sft/model"),

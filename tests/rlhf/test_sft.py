@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rlhf import adapt, checkpoints, models, sft, training
+from rlhf import adapt, checkpoints, computing, models, sft, training
 from rlhf.errors import StoppedError, TrainingError
 
 STEPS = {"batch_size": 24, "epochs": 2}  # 84 rows: 4 steps an epoch, the last one with 12 rows
@@ -280,7 +280,7 @@ def test_lora_is_merged_into_the_saved_model(toy: Any, monkeypatch: pytest.Monke
     assert torch.allclose(saved(input_ids=ids).logits, adapted[0], atol=1e-5)
     assert not torch.allclose(saved(input_ids=ids).logits, base(toy)(input_ids=ids).logits, atol=1e-3)
     assert torch.equal(saved.transformer.wte.weight, base(toy).transformer.wte.weight)  # no adapter there
-    assert finals["sft/trainable_parameters"] < training.trainable_parameters(base(toy)) / 3
+    assert finals["sft/trainable_parameters"] < computing.trainable_parameters(base(toy)) / 3
     assert {path.name for path in (context.out / "model").iterdir()} == {
         path.name for path in (toy.shared / "prepare/base").iterdir()
     }

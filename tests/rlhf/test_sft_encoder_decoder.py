@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration, modeling_utils
 
-from rlhf import adapt, models, sft, training
+from rlhf import adapt, computing, models, sft, training
 from rlhf.config import Model
 from rlhf.ppo.checks import check_policy
 from rlhf.ppo.policy import Policy
@@ -181,7 +181,7 @@ def test_lora_is_merged_into_the_saved_model(pair: Any, monkeypatch: pytest.Monk
     saved = models.load_policy(context.out / "model")
     assert torch.allclose(saved(**inputs).logits, adapted[0], atol=1e-5)
     assert not torch.allclose(saved(**inputs).logits, base(pair)(**inputs).logits, atol=1e-3)
-    assert finals["sft/trainable_parameters"] < training.trainable_parameters(base(pair)) / 2
+    assert finals["sft/trainable_parameters"] < computing.trainable_parameters(base(pair)) / 2
     assert {path.name for path in (context.out / "model").iterdir()} == {
         path.name for path in (pair.shared / "prepare/base").iterdir()
     }

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from rlhf import checkpoints, training
+from rlhf import checkpoints, computing, training
 from rlhf.callback import MARK, PipelineCallback
 from rlhf.config import Resources
 from rlhf.errors import ConfigError, TrainingError
@@ -68,7 +68,7 @@ def test_padded() -> None:
 # -------------------------------------------------------------------------------------------------------- resources
 def test_seed_everything() -> None:
     def draw() -> list[float]:
-        training.seed_everything(5)
+        computing.seed_everything(5)
         return [random.random(), float(np.random.rand()), float(torch.rand(()))]
 
     assert draw() == draw()
@@ -76,10 +76,10 @@ def test_seed_everything() -> None:
 
 def test_set_up_cpu() -> None:
     before = torch.get_num_threads()
-    training.set_up_cpu(Resources(threads=2))
+    computing.set_up_cpu(Resources(threads=2))
     assert torch.get_num_threads() == 2
-    training.set_up_cpu(Resources(threads=1))
-    training.set_up_cpu(Resources(threads=0))
+    computing.set_up_cpu(Resources(threads=1))
+    computing.set_up_cpu(Resources(threads=0))
     assert torch.get_num_threads() == 1
     torch.set_num_threads(before)
 
@@ -90,23 +90,23 @@ def test_set_up_cpu() -> None:
 )
 def test_device_of(monkeypatch: pytest.MonkeyPatch, device: Any, there: bool, expected: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
-    assert training.device_of(Resources(device=device)) == torch.device(expected)
-    assert training.mixed_precision(Resources(device=device)) == ("bf16" if expected == "cuda" else "no")
-    assert training.mixed_precision(Resources(device=device, precision="bf16")) == "bf16"
-    assert training.mixed_precision(Resources(device=device, precision="fp32")) == "no"
+    assert computing.device_of(Resources(device=device)) == torch.device(expected)
+    assert computing.mixed_precision(Resources(device=device)) == ("bf16" if expected == "cuda" else "no")
+    assert computing.mixed_precision(Resources(device=device, precision="bf16")) == "bf16"
+    assert computing.mixed_precision(Resources(device=device, precision="fp32")) == "no"
 
 
 def test_fp16_needs_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"resources\.precision is `fp16`, which needs a CUDA device"):
-        training.mixed_precision(Resources(device="cpu", precision="fp16"))
+        computing.mixed_precision(Resources(device="cpu", precision="fp16"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert training.mixed_precision(Resources(device="cuda", precision="fp16")) == "fp16"
+    assert computing.mixed_precision(Resources(device="cuda", precision="fp16")) == "fp16"
 
 
 def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"resources.device is `cuda`.*`auto` or `cpu`"):
-        training.device_of(Resources(device="cuda"))
+        computing.device_of(Resources(device="cuda"))
 
 
 # -------------------------------------------------------------------------------------------------------- arguments
@@ -239,4 +239,4 @@ def test_without_a_checkpoint_there_is_nothing_to_resume(toy: Any) -> None:
 def test_trainable_parameters() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
     model[0].requires_grad_(False)
-    assert training.trainable_parameters(model) == 4
+    assert computing.trainable_parameters(model) == 4
