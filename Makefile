@@ -14,13 +14,13 @@ demo: .venv/installed
 test: .venv/installed
 	$(TEST_ENV) $(BIN)/pytest -n 2 --dist worksteal --ignore tests/team --ignore tests/processes --ignore tests/faults
 
-# `rlhf up` as a whole: real servers, a worker, a browser (chromium) where there is one.
+# One `rlhf up` as a whole: real servers, a worker, a browser (chromium) where there is one.
 team: .venv/installed
 	$(TEST_ENV) $(BIN)/pytest tests/team
 
-# Other whole processes: sweeps, launchers, a full disk, an S3 server, the report in a browser.
+# Other whole processes: sweeps, launchers, a full disk, servers of their own, report and MLflow in a browser.
 processes: .venv/installed
-	$(TEST_ENV) $(BIN)/pytest -n 2 --dist worksteal tests/processes
+	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile tests/processes
 
 # Each fault at three random moments; docs/reliability.md has the table, and says how to make it.
 faults: .venv/installed
