@@ -11,10 +11,11 @@ import ast
 import hashlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from rlhf.errors import ConfigError
 from rlhf.explain import did_you_mean
@@ -57,7 +58,7 @@ def import_closure(module: str) -> dict[str, Path]:
             continue
         found[name] = path
         package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        waiting.extend(_imports(package, path.read_bytes()))
+        waiting.extend(_modules(package, _parsed(path.read_bytes())))
     return dict(sorted(found.items()))
 
 
@@ -68,7 +69,7 @@ def code_fingerprint(path: Path) -> str:
         ConfigError: the file is not valid Python.
     """
     with _valid(path):
-        return _fingerprint(path.read_bytes())
+        return _parsed(path.read_bytes()).fingerprint
 
 
 @contextmanager
@@ -80,19 +81,23 @@ def _valid(path: Path) -> Iterator[None]:
         raise ConfigError(f"{path}, line {error.lineno}: not valid Python: {error.msg}") from None
 
 
+class Parsed(NamedTuple):
+    """What a Python file says: its fingerprint, and what it imports as level, module and names."""
+
+    fingerprint: str
+    imports: tuple[tuple[int, str, tuple[str, ...]], ...]
+
+
 @cache  # by content, as a run asks for the same files once for each stage, twice
-def _fingerprint(source: bytes) -> str:
+def _parsed(source: bytes) -> Parsed:
     tree = _tree(source)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            if (
-                isinstance(first, ast.Expr)
-                and isinstance(first.value, ast.Constant)
-                and isinstance(first.value.value, str)
-            ):
-                node.body = node.body[1:]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+    imports = tuple(_imports([tree]))
+    for node in _statements([tree]):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+            ast.get_docstring(node, clean=False) is not None
+        ):
+            node.body = node.body[1:]
+    return Parsed(hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports)
 
 
 def function_file(reference: str) -> Path:
@@ -167,24 +172,15 @@ def _bound(tree: ast.AST) -> Iterator[str]:
             yield from _bound(node)
 
 
-@cache  # by content
-def _imports(package: str, source: bytes) -> tuple[str, ...]:
+def _modules(package: str, parsed: Parsed) -> Iterator[str]:
     """Names of our modules that a module in ``package`` may import, parents included (their ``__init__`` runs too)."""
-    names: list[str] = []
-    for node in _running_nodes(_tree(source)):
-        if isinstance(node, ast.Import):
-            modules = [alias.name for alias in node.names]
-        else:
-            base = node.module or ""
-            if node.level:
-                above = package.split(".")[: len(package.split(".")) - node.level + 1]
-                base = ".".join([*above, base] if base else above)
-            modules = [base, *(f"{base}.{alias.name}" for alias in node.names)]
-        for module in modules:
-            parts = module.split(".")
+    above = package.split(".")
+    for level, module, names in parsed.imports:
+        base = ".".join([*above[: len(above) - level + 1], *filter(None, [module])]) if level else module
+        for name in (base, *(f"{base}.{name}" for name in names)):
+            parts = name.split(".")
             if parts[0] == PACKAGE:
-                names += (".".join(parts[:length]) for length in range(1, len(parts) + 1))
-    return tuple(dict.fromkeys(names))
+                yield from (".".join(parts[:length]) for length in range(1, len(parts) + 1))
 
 
 def _tree(source: bytes) -> ast.Module:
@@ -204,12 +200,28 @@ def _tree(source: bytes) -> ast.Module:
     return ast.parse(source)
 
 
-def _running_nodes(tree: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.Import | ast.ImportFrom):
-            yield node
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            for other in node.orelse:
-                yield from _running_nodes(other)
-        else:
-            yield from _running_nodes(node)
+def _imports(nodes: Iterable[ast.AST]) -> Iterator[tuple[int, str, tuple[str, ...]]]:
+    """The imports in these statements that run, those in functions too: level, module and names of each."""
+    for node in nodes:
+        match node:
+            case ast.Import(names):
+                yield from ((0, alias.name, ()) for alias in names)
+            case ast.ImportFrom(module, names, level):
+                yield level, module or "", tuple(alias.name for alias in names)
+            case ast.If(test) if "TYPE_CHECKING" in ast.unparse(test):
+                yield from _imports(node.orelse)
+            case _:
+                yield from _imports(_inside(node))
+
+
+def _statements(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
+    """These, and all statements in them."""
+    for node in nodes:
+        yield node
+        yield from _statements(_inside(node))
+
+
+def _inside(node: ast.AST) -> Iterator[ast.AST]:
+    """The statements right inside of one, and what holds some in turn (``except``, ``case``). No expression does."""
+    for field in ("body", "handlers", "orelse", "finalbody", "cases"):
+        yield from getattr(node, field, ())

@@ -96,9 +96,9 @@ def log_model(
     """
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
-    experiment_id = client.get_run(run_id).info.experiment_id
+    run = client.get_run(run_id)
     query = f"tags.`rlhf.digest` = '{digest}'"
-    known = client.search_logged_models([experiment_id], query)
+    known = client.search_logged_models([run.info.experiment_id], query)
     ready = [model for model in known if model.status == LoggedModelStatus.READY]
     if ready:
         model = ready[0]
@@ -109,9 +109,9 @@ def log_model(
             client.delete_logged_model(half_written.model_id)
         tags = {"rlhf.digest": digest, "rlhf.kind": kind}
         model_name = name.translate(str.maketrans("/:.%\"'", "------"))
-        model = client.create_logged_model(experiment_id, model_name, run_id, tags, model_type=kind)
+        model = client.create_logged_model(run.info.experiment_id, model_name, run_id, tags, model_type=kind)
         _send_model(client, model, path, scratch)
-    if model.model_id not in {output.model_id for output in client.get_run(run_id).outputs.model_outputs}:
+    if model.model_id not in {output.model_id for output in run.outputs.model_outputs}:
         client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
     return str(model.model_id)
 

@@ -142,6 +142,7 @@ class Replay:
         self._lock: int | None = None
         self._checked = False
         self._points: dict[str, list[Metric]] = defaultdict(list)
+        self._known: dict[str, list[Run]] = {}
         self._complaints: set[str] = set()
         self.state = Shipped()
 
@@ -175,6 +176,8 @@ class Replay:
                 self._ship_waiting()
             except Exception:
                 self._checked = False
+                self._known.clear()  # a request may have made a run, and its answer been lost
+                self.state = Shipped.read(self._directory)  # what was done since is done again
                 raise
         return self.state
 
@@ -196,25 +199,24 @@ class Replay:
         self._checked = True
 
     def _ship_lines(self) -> None:
+        """Carry out what is new, but the large things, which wait. The state goes on when all points were sent."""
         self._points.clear()
         end = self.state.offset
         for start, end, operation in operations(self._directory, self.state.offset):
             if operation["op"] == "metrics":
                 self._collect(operation)
-                if max(map(len, self._points.values()), default=0) < BATCH:
-                    continue
+                if max(map(len, self._points.values())) >= BATCH:
+                    self._advance(end)
             elif operation["op"] in _BULK:
-                self._send_points()
                 self.state.waiting.append(start)
             else:
-                self._send_points()
                 self._carry_out(operation)
-            self._advance(end)
         self._advance(end)
 
     def _advance(self, offset: int) -> None:
         """Send the points collected; then, everything before ``offset`` is done."""
-        self._send_points()
+        for run in [*self._points]:
+            self._send_points(run)
         if offset != self.state.offset:
             self.state.offset = offset
             self.state.write(self._directory)
@@ -243,12 +245,11 @@ class Replay:
         for run in operation["runs"]:
             self._points[run] += points
 
-    def _send_points(self) -> None:
-        for run, points in self._points.items():
-            for first in range(0, len(points), BATCH):
-                with self._skipping(f"metrics of {run}"):
-                    self._client.log_batch(self.state.runs[run], metrics=points[first : first + BATCH])
-        self._points.clear()
+    def _send_points(self, run: str) -> None:
+        points = self._points.pop(run, [])
+        for first in range(0, len(points), BATCH):
+            with self._skipping(f"metrics of {run}"):
+                self._client.log_batch(self.state.runs[run], metrics=points[first : first + BATCH])
 
     # The other operations
 
@@ -261,9 +262,9 @@ class Replay:
                 case {"op": "params", "run": run, "values": values}:
                     self._params(run, values)
                 case {"op": "tags", "run": run, "values": values}:
-                    for name, value in tags_of(values).items():
-                        self._client.set_tag(self.state.runs[run], name, value)
+                    self._tags(run, values)
                 case {"op": "end", "run": run, "status": status, "t": t}:
+                    self._send_points(run)
                     self._client.set_terminated(self.state.runs[run], status, t)
                     if run == PARENT:
                         self._delete_strays()
@@ -287,9 +288,10 @@ class Replay:
         if note:
             tags["mlflow.note.content"] = note
         tags |= {"rlhf.run_id": self._directory.name, "rlhf.stage": run}
-        found = self._find_runs(self._directory.name, run)
-        made = found or [self._client.create_run(self.state.experiment_id, op["t"], tags_of(tags), op["name"])]
-        self.state.runs[run] = made[0].info.run_id
+        if run not in self.state.runs:
+            found = self._find_runs(self._directory.name, run)
+            made = found or [self._client.create_run(self.state.experiment_id, op["t"], tags_of(tags), op["name"])]
+            self.state.runs[run] = made[0].info.run_id
         self._params(run, op["params"])
 
     def _params(self, run: str, values: dict[str, str]) -> None:
@@ -298,6 +300,11 @@ class Replay:
         params = [Param(key(name), value[:6000]) for name, value in values.items()]
         for first in range(0, len(params), PARAMS_BATCH):
             self._client.log_batch(self.state.runs[run], params=params[first : first + PARAMS_BATCH])
+
+    def _tags(self, run: str, values: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        self._client.log_batch(self.state.runs[run], tags=[RunTag(*item) for item in tags_of(values).items()])
 
     def _send_file(self, op: str, run_id: str, fields: dict[str, Any]) -> None:
         fields = {name: value for name, value in fields.items() if name != "t"}
@@ -315,14 +322,20 @@ class Replay:
             case "register":
                 mlflow_files.register(self._client, run_id, **fields, scratch=self._directory)
 
-    def _find_runs(self, run_id: str, stage: str | None = None) -> list[Run]:
+    def _find_runs(self, run_id: str, stage: str) -> list[Run]:
+        """The MLflow runs of a stage of a pipeline run, oldest first; those of one run are asked for together."""
+        if run_id not in self._known:
+            self._known[run_id] = self._search_runs(run_id)
+        return [run for run in self._known[run_id] if run.data.tags.get("rlhf.stage") == stage]
+
+    def _search_runs(self, run_id: str) -> list[Run]:
         """The MLflow runs of a pipeline run by their tags, oldest first."""
-        query = f"tags.`rlhf.run_id` = '{run_id}'" + (f" and tags.`rlhf.stage` = '{stage}'" if stage else "")
+        query = f"tags.`rlhf.run_id` = '{run_id}'"
         return list(self._client.search_runs([self.state.experiment_id], query, order_by=["start_time ASC"]))
 
     def _delete_strays(self) -> None:
         """Delete runs made by a request whose answer came too late, so that it was repeated."""
-        for run in self._find_runs(self._directory.name):
+        for run in self._search_runs(self._directory.name):
             if run.info.run_id not in self.state.runs.values():
                 self._client.delete_run(run.info.run_id)
 

@@ -50,19 +50,17 @@ def begin(run: Run, note: str = "") -> None:
 
 def record(run: Run, stage: str, manifest: Manifest) -> None:
     """Add a finished stage: computed in this run, or taken from the cache with its curves as they were."""
-    computed = stage in run.computed
-    if not computed:
+    tags = {"rlhf.digest": manifest.digest, "rlhf.seconds": f"{manifest.seconds:.1f}", "rlhf.device": manifest.device}
+    if stage in run.computed:
+        run.journal.tags(stage, tags)
+    else:
         run.journal.start_stage(
             stage,
-            tags={"rlhf.stage": stage, "rlhf.cache": "hit", "rlhf.key": manifest.key},
+            tags={"rlhf.stage": stage, "rlhf.cache": "hit", "rlhf.key": manifest.key, **tags},
             computed_by=manifest.run_id or None,
             note=f"It took {manifest.seconds:.0f} s.",
         )
         run.journal.replay(stage, run.directory(stage) / JOURNAL)
-    run.journal.tags(
-        stage,
-        {"rlhf.digest": manifest.digest, "rlhf.seconds": f"{manifest.seconds:.1f}", "rlhf.device": manifest.device},
-    )
     run.journal.finals(stage, manifest.metrics)
     cost = {"seconds": manifest.seconds, **manifest.cost}
     run.journal.finals(stage, {f"cost/{stage}/{name}": value for name, value in cost.items()})

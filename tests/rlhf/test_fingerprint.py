@@ -61,16 +61,19 @@ def test_imports_in_functions_count_and_those_for_types_do_not(tmp_path: Path, m
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "a.py").write_text(
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from rlhf import typed\n"
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from rlhf import typed\nelse:\n    import rlhf.untyped\n"
         "def f():\n    from . import late\n    import rlhf.sub.deep\n"
+        "try:\n    pass\nexcept ValueError:\n    match f:\n        case 1:\n            from rlhf import matched\n"
     )
-    for name in ("typed", "late"):
+    for name in ("typed", "untyped", "late", "matched"):
         (package / f"{name}.py").touch()
     (package / "sub").mkdir()
     (package / "sub" / "__init__.py").touch()
     (package / "sub" / "deep.py").touch()
     monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
-    assert list(import_closure("rlhf.a")) == ["rlhf.a", "rlhf.late", "rlhf.sub", "rlhf.sub.deep"]
+    assert list(import_closure("rlhf.a")) == [
+        *("rlhf.a", "rlhf.late", "rlhf.matched", "rlhf.sub", "rlhf.sub.deep", "rlhf.untyped")
+    ]
 
 
 @pytest.mark.parametrize("stage", list(STAGES))

@@ -12,7 +12,6 @@ from typing import Any
 import pandas as pd
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import Run
 from mlflow.exceptions import MlflowException
 
 from tasks.journal import PARENT, RunJournal
@@ -246,13 +245,8 @@ def test_a_run_made_twice_by_a_late_answer_is_deleted(
     experiment = client.get_experiment_by_name("rlhf")
     assert experiment is not None
     client.create_run(experiment.experiment_id, tags={"rlhf.run_id": "late", "rlhf.stage": "sft"})
-    original = Replay._find_runs
-
-    def find_runs(self: Replay, run_id: str, stage: str | None = None) -> list[Run]:
-        """The run that the first request made is not there yet when it is looked for."""
-        return [] if stage else original(self, run_id, stage)
-
-    monkeypatch.setattr(Replay, "_find_runs", find_runs)
+    # The run that the first request made is not there yet when it is looked for.
+    monkeypatch.setattr(Replay, "_find_runs", lambda self, run_id, stage: [])
     ship(directory, store)
     assert set(runs_of(store, "late")) == {PARENT, "sft"}
     assert history(store, runs_of(store, "late")["sft"], "sft/final_loss") == [(0, 0.5)]
