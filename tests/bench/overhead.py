@@ -10,6 +10,8 @@ Prints JSON, medians in seconds. Kinds: `cached` is a run through the worker of 
 - flow: from then until the run's last state
 - stages: what the stages computed took by their manifests, with what they import
 - added: flow less stages. What the flow itself imports is in `start`; torch, TRL and transformers are in `stages`
+- import: of MLflow in a process of its own, as the one that ships has it, which goes on beside the stages that compute
+- less import: of a run from the cache, which waits for that: added less import
 """
 
 from __future__ import annotations
@@ -44,16 +46,25 @@ def by_worker(up: Up, seed: int) -> dict[str, float]:
     states = up.api("GET", f"flow_run_states/?flow_run_id={run}")
     at = {one["type"]: datetime.fromisoformat(one["timestamp"]).timestamp() for one in states}
     flow = at["COMPLETED"] - at["RUNNING"]
-    stages = computed(up.home)
+    stages, importing = computed(up.home), import_of_mlflow()
     return {
         "submission": at["PENDING"] - at["SCHEDULED"],
         "start": at["RUNNING"] - at["PENDING"],
         "flow": flow,
         "stages": stages,
         "added": flow - stages,
+        "import": importing,
+        **({} if stages else {"less import": flow - importing}),
         "from start": at["COMPLETED"] - at["PENDING"],
         "from submission": at["COMPLETED"] - at["SCHEDULED"],
     }
+
+
+def import_of_mlflow() -> float:
+    """Seconds that a new process takes to import MLflow, without those of starting Python."""
+    code = "import time; began = time.perf_counter(); import mlflow; print(time.perf_counter() - began)"
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    return float(said)
 
 
 def by_command(home: Path, seed: int) -> dict[str, float]:
