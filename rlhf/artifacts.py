@@ -25,6 +25,7 @@ from rlhf.locks import try_lock, unlock
 
 JOURNAL = "metrics.jsonl"  # a stage's curves with the time of each point: kept, but no part of the digest
 FORMAT = 1
+UNUSED_SECONDS = 86_400.0  # after which a downloaded model is deleted by garbage collection
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ class Store:
         self.home = home
         self.root = home / "store"
         self.ledger = home / "ledger"
+        self.downloads = home / "models"  # of a model registry, by digest; modified at their last use
 
     def path(self, stage: str, key: str) -> Path:
         """Where the artifact of a stage and key lies, or would lie."""
@@ -232,12 +234,19 @@ class Store:
         return path.stat().st_mtime if path.exists() else 0.0
 
     def collect_garbage(self, keep: Iterable[tuple[str, str]], *, dry_run: bool = False) -> list[tuple[Path, int]]:
-        """Delete artifacts and abandoned work that no kept (stage, key) names; what is being computed or sent stays.
+        """Delete artifacts and abandoned work that no kept (stage, key) names, and downloads of which nobody has made
+        use for a day. What is being computed or sent stays.
 
         Returns the deleted directories with their sizes in bytes. The ledger keeps their manifests.
         """
         kept = {place for pair in (*keep, *self.unsent()) for place in (self.path(*pair), self.work_directory(*pair))}
-        candidates = [*self.artifacts(), *(self.home / "work").glob("*"), *(self.home / "trash").glob("*")]
+        recent = time.time() - UNUSED_SECONDS
+        candidates = [
+            *self.artifacts(),
+            *(self.home / "work").glob("*"),
+            *(self.home / "trash").glob("*"),
+            *(path for path in self.downloads.glob("*") if path.stat().st_mtime < recent),
+        ]
         deleted = []
         for path in candidates:
             if path in kept:

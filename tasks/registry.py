@@ -8,6 +8,7 @@ being away changes nothing: what it was not told is told by the next run or comm
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shutil
 import tempfile
@@ -160,9 +161,10 @@ def directory(store: Store, uri: str, tracking_uri: str) -> Path:
         pass
     if not digest:
         raise ConfigError(f"{uri} is version {found.version} of {found.name}, which no run of this package has made")
-    kept = store.home / "models" / digest
+    kept = store.downloads / digest
     if not kept.is_dir():
         _download(found, digest, kept, tracking_uri)
+    os.utime(kept)  # it is in use
     return kept
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,14 @@ def test_garbage_collection_keeps_what_is_named_and_what_is_in_use(store: Store)
         deleted = store.collect_garbage([("sft", "kept")])
     assert {path for path, _ in would} == {path for path, _ in deleted} >= {store.path("sft", "old")}
     assert sorted(path.name for path in store.artifacts()) == ["kept", "locked"]
+
+
+def test_garbage_collection_deletes_downloads_that_nobody_uses(store: Store) -> None:
+    for name, age in (("used", 3_600), ("unused", 2 * 86_400)):
+        (store.downloads / name).mkdir(parents=True)
+        os.utime(store.downloads / name, (time.time() - age,) * 2)
+    assert [path.name for path, _ in store.collect_garbage([])] == ["unused"]
+    assert [path.name for path in store.downloads.iterdir()] == ["used"]
 
 
 def test_file_hashes_are_remembered_until_the_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

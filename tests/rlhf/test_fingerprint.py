@@ -61,7 +61,8 @@ def test_imports_in_functions_count_and_those_for_types_do_not(tmp_path: Path, m
     package.mkdir()
     (package / "__init__.py").touch()
     (package / "a.py").write_text(
-        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from rlhf import typed\nelse:\n    import rlhf.untyped\n"
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from rlhf import typed\nelse:\n    import rlhf.untyped\n"
         "def f():\n    from . import late\n    import rlhf.sub.deep\n"
         "try:\n    pass\nexcept ValueError:\n    match f:\n        case 1:\n            from rlhf import matched\n"
     )
