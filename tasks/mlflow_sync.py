@@ -323,9 +323,12 @@ class Replay:
                 mlflow_files.register(self._client, run_id, **fields, scratch=self._directory)
 
     def _find_runs(self, run_id: str, stage: str) -> list[Run]:
-        """The MLflow runs of a stage of a pipeline run, oldest first; those of one run are asked for together."""
-        if run_id not in self._known:
-            self._known[run_id] = self._search_runs(run_id)
+        """The MLflow runs of a stage of a pipeline run, oldest first; those of all its stages are asked for at once."""
+        found = [run for run in self._known.get(run_id, ()) if run.data.tags.get("rlhf.stage") == stage]
+        is_ours = run_id == self._directory.name  # nobody else makes runs of this one
+        if found or (is_ours and run_id in self._known):
+            return found
+        self._known[run_id] = self._search_runs(run_id)
         return [run for run in self._known[run_id] if run.data.tags.get("rlhf.stage") == stage]
 
     def _search_runs(self, run_id: str) -> list[Run]:

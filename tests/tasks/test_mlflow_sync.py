@@ -174,6 +174,19 @@ def test_a_cached_stage_links_to_the_run_that_computed_it(store: str, tmp_path: 
     assert note.endswith("Same key.")
 
 
+def test_a_cached_stage_links_to_a_run_that_still_goes_on(store: str, tmp_path: Path) -> None:
+    first, second = tmp_path / "goes-on", tmp_path / "takes"
+    with begin(first) as other, begin(second) as journal, Replay(second, store) as replay:
+        for stage in ("sft", "ppo"):
+            other.start_stage(stage)
+            ship(first, store)
+            journal.start_stage(stage, computed_by="goes-on")
+            replay.run()
+    theirs, ours = runs_of(store, "goes-on"), runs_of(store, "takes")
+    for stage in ("sft", "ppo"):
+        assert f"/runs/{theirs[stage].info.run_id})" in ours[stage].data.tags["mlflow.note.content"]
+
+
 def test_a_password_is_not_written_to_a_file_or_link(tmp_path: Path) -> None:
     write_run(tmp_path / "secret")
     uri = "http://me:pass@127.0.0.1:9"
@@ -184,9 +197,6 @@ def test_a_password_is_not_written_to_a_file_or_link(tmp_path: Path) -> None:
     with Replay(tmp_path / "secret", uri):
         pass
     assert "pass" not in (tmp_path / "secret" / "shipped.json").read_text()
-
-
-# What goes wrong
 
 
 class FailingClient:
@@ -208,6 +218,31 @@ class FailingClient:
             return result
 
         return call
+
+
+def test_a_finished_run_takes_few_requests(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One from the cache waits for them."""
+    stages = ("sft", "reward", "ppo")
+    with begin(tmp_path / "few") as journal:
+        for stage in stages:
+            journal.start_stage(stage, computed_by="earlier")
+            journal.tags(stage, {"a": "1", "b": "2", "c": "3"})
+            for step in range(10):
+                journal.metrics(stage, {f"{stage}/loss": 0.5}, step)
+            journal.finals(stage, {f"{stage}/final": 0.5})
+            journal.end(stage)
+    calls: Counter[str] = Counter()
+    client = FailingClient(store, lambda name: bool(calls.update([name])))
+    monkeypatch.setattr("tasks.mlflow_sync.connect", lambda uri: client)
+    assert ship(tmp_path / "few", store).complete
+    assert (calls["create_run"], calls["set_terminated"], calls["set_tag"]) == (4, 4, 0)
+    assert (
+        calls["log_batch"] == 1 + 2 * len(stages) + 1
+    )  # parameters; tags and curves of each stage; the parent's curves
+    assert calls["search_runs"] == 2 + len(stages)  # first and last for its own; nobody has made an earlier one
+
+
+# What goes wrong
 
 
 def test_answers_that_are_lost_give_every_run_and_point_once(
