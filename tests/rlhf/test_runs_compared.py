@@ -27,6 +27,13 @@ def sides(home: Path, *runs: Any) -> list[Side]:
     return [read(run, Store(home)) for run in runs]
 
 
+def judged(home: Path, second: Any) -> list[Side]:
+    """Two runs of different KL coefficients, the first of which has GOLD as its judge's scores."""
+    other = {"ppo": {"enabled": True, "kl_coef": 0.1}}
+    first = samples(PROMPTS, {"ppo_gold": GOLD})
+    return sides(home, make_run(home, "1", first), make_run(home, "2", second, config=other))
+
+
 def figure(a: Side, b: Side, name: str) -> Compared:
     return {found.name: found for found in compare(a, b)}[name]
 
@@ -83,16 +90,8 @@ def test_settings_of_a_stage_that_only_one_run_has_are_settings(tmp_path: Path) 
 
 def test_the_same_prompts_in_another_order_are_compared_prompt_by_prompt(tmp_path: Path) -> None:
     """A small steady gain, which the intervals do not show and the pairs do."""
-    a, b = sides(
-        tmp_path,
-        make_run(tmp_path, "1", samples(PROMPTS, {"ppo_gold": GOLD})),
-        make_run(
-            tmp_path,
-            "2",
-            samples(PROMPTS[::-1], {"ppo_gold": (GOLD + GENERATOR.uniform(0.0, 0.2, 60))[::-1]}),
-            config={"ppo": {"enabled": True, "kl_coef": 0.1}},
-        ),
-    )
+    better = GOLD + GENERATOR.uniform(0.0, 0.2, 60)
+    a, b = judged(tmp_path, samples(PROMPTS[::-1], {"ppo_gold": better[::-1]}))
     found = figure(a, b, "evaluate/ppo/gold")
     assert (found.test, found.noise) == ("prompt by prompt", False)
     assert found.difference.value == pytest.approx(found.b.value - found.a.value)
@@ -105,16 +104,7 @@ def test_the_same_prompts_in_another_order_are_compared_prompt_by_prompt(tmp_pat
 
 
 def test_noise_is_called_noise(tmp_path: Path) -> None:
-    a, b = sides(
-        tmp_path,
-        make_run(tmp_path, "1", samples(PROMPTS, {"ppo_gold": GOLD})),
-        make_run(
-            tmp_path,
-            "2",
-            samples(PROMPTS, {"ppo_gold": GOLD + np.resize([0.5, -0.5], 60)}),
-            config={"ppo": {"enabled": True, "kl_coef": 0.1}},
-        ),
-    )
+    a, b = judged(tmp_path, samples(PROMPTS, {"ppo_gold": GOLD + np.resize([0.5, -0.5], 60)}))
     assert figure(a, b, "evaluate/ppo/gold").noise is True
 
 
