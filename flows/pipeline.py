@@ -8,7 +8,7 @@ import logging
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -127,16 +127,18 @@ def run_pipeline(config: PipelineConfig, selection: Selection, *, dry_run: bool 
         RlhfError: a stage failed.
     """
     store = open_store()
-    with named_if_full(store.home), flow_run_alive(store.home):
+    with named_if_full(store.home), flow_run_alive(store.home), ExitStack() as stack:
+        tracked = config.tracking.enabled and not dry_run
+        shipper = stack.enter_context(Shipper(tracking_uri(config.tracking.uri, store.home))) if tracked else None
         plans = Planner(config, store, selection).plan()  # what cannot be done is refused before anything is recorded
         if dry_run:
             prefect_ui.show_plan(plans)
             return {"run_id": None, "stages": {p.stage: {"action": p.action, "why": list(p.reasons)} for p in plans}}
         store.send_unsent()
-        return _run(config, store, selection)
+        return _run(config, store, selection, shipper)
 
 
-def _run(config: PipelineConfig, store: Store, selection: Selection) -> dict[str, Any]:
+def _run(config: PipelineConfig, store: Store, selection: Selection, shipper: Shipper | None) -> dict[str, Any]:
     """Run the stages, and record the run."""
     journal = RunJournal.open(store.home / "runs" / new_run_id())
     run = Run(journal.directory.name, config, store, selection, journal, watcher.get() or PlainDisplay(_to_log))
@@ -155,7 +157,8 @@ def _run(config: PipelineConfig, store: Store, selection: Selection) -> dict[str
     )
     token = current_run.set(run)
     try:
-        with _shipper(run), journal, _reported(run, record), _recorded(record, store.home):
+        shipping = shipper.follow(journal.directory) if shipper else nullcontext()
+        with shipping, journal, _reported(run, record), _recorded(record, store.home):
             tracking.begin(run, prefect_ui.flow_run_link())
             for stage in selection.stages(config):
                 record.stages[stage] = _stage(run, stage)
@@ -201,13 +204,6 @@ def _reported(run: Run, record: RunRecord) -> Iterator[None]:
 def _to_log(line: str) -> None:
     """Say a line in Prefect's log of the flow or task that runs now."""
     get_run_logger().info(line)
-
-
-def _shipper(run: Run) -> AbstractContextManager[Any]:
-    """What carries the run's journal to MLflow while it is written, and waits for the rest at the end."""
-    if not run.config.tracking.enabled:
-        return nullcontext()
-    return Shipper(run.journal.directory, tracking_uri(run.config.tracking.uri, run.store.home))
 
 
 def _stage(run: Run, stage: str) -> dict[str, Any]:

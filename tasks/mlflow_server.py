@@ -73,11 +73,17 @@ def for_browsers(urls: Iterable[str]) -> dict[str, str]:
     return {name: os.environ.get(name) or ",".join(dict.fromkeys(values)) for name, values in found.items()}
 
 
-@lru_cache
-def connect(tracking_uri: str) -> MlflowClient:
-    """A client that gives up soon enough, of a store that is there. Settings in the environment go before ours."""
+def load() -> None:
+    """Import MLflow, which takes a second or two, with our settings. Those in the environment go before them."""
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    import mlflow  # noqa: F401
+
+
+@lru_cache
+def connect(tracking_uri: str) -> MlflowClient:
+    """A client that gives up soon enough, of a store that is there."""
+    load()
     from mlflow import MlflowClient
 
     client = MlflowClient(tracking_uri)

@@ -2,8 +2,8 @@
 
 A process, not a thread: importing MLflow (2 s), making requests and copying models would take turns with the training
 loop for the interpreter's lock; a training that is killed with -9 is still reported to MLflow; and nothing that
-MLflow does can take the training down. The process reads the journal and is told nothing else, except the end: its
-standard input closes when its owner closes it, or dies.
+MLflow does can take the training down. The process is told the run's directory in a line of its standard input, reads
+the journal there, and is told nothing else, except the end: its input closes when its owner closes it, or dies.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from tasks.journal import end_if_abandoned
-from tasks.mlflow_server import brief, without_password
+from tasks.mlflow_server import brief, load, without_password
 from tasks.mlflow_sync import BusyError, Replay, Shipped, pending_one_by_one
 
 log = logging.getLogger("tasks.shipper")  # not __name__: this module also runs as a program
@@ -37,31 +37,58 @@ SHIPPER_LOG = "shipper.log"
 
 
 class Shipper:
-    """Ships the journal of a run in the background from now on, and what earlier runs beside it have left.
+    """Ships the journal of a run in the background, and what earlier runs beside it have left.
+
+    It is made before the run is: importing MLflow takes time, in which the run can be planned.
 
     Args:
-        directory: the run's, whose journal is open.
         tracking_uri: of MLflow. Credentials belong into the environment (``MLFLOW_TRACKING_USERNAME`` ...).
 
     The server going away and coming back is logged once each, to this process's log. Everything else that the
     process has to say is in ``shipper.log`` in the run's directory.
     """
 
-    def __init__(self, directory: Path, tracking_uri: str) -> None:
-        self._directory = directory.resolve()
+    def __init__(self, tracking_uri: str) -> None:
         self._uri = tracking_uri
+        self._directory: Path | None = None
+        self._complete: bool | None = None
         self._process = self._spawn()
+
+    def follow(self, directory: Path) -> Self:
+        """Ship the journal of this run, which is open, from now on."""
+        self._directory = directory.resolve()
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):  # it has ended already: closing sees that, and starts another
+                self._process.stdin.write(f"{self._directory}\n")
+                self._process.stdin.flush()
+        return self
 
     def close(self, timeout: float = CLOSE_SECONDS) -> bool:
         """Ship what is left, waiting for that up to ``timeout`` seconds; call it after the journal was closed.
 
+        Once it has returned, calling it again does nothing.
+
         Returns:
             Whether everything is in MLflow now. If not, :func:`tasks.mlflow_sync.ship_pending` can do it later.
         """
+        if self._complete is None:
+            self._complete = self._finish(timeout) if self._directory else self._abandon()
+        return self._complete
+
+    def _abandon(self) -> bool:
+        """End the process, which has no run to ship."""
+        self._process.terminate()
+        self._close_input()
+        self._process.wait()
+        return True
+
+    def _finish(self, timeout: float) -> bool:
+        assert self._directory is not None
         deadline = time.monotonic() + timeout
         if self._process.poll() not in (None, 0):  # it was killed, or crashed: one more attempt
             self._close_input()
             self._process = self._spawn()
+            self.follow(self._directory)
         self._close_input()
         try:
             if self._process.wait(max(0.0, deadline - time.monotonic())) == 0:
@@ -91,17 +118,16 @@ class Shipper:
     def _spawn(self) -> subprocess.Popen[str]:
         packages = str(Path(__file__).resolve().parents[1])
         path = os.pathsep.join(filter(None, [packages, os.environ.get("PYTHONPATH")]))
-        with (self._directory / SHIPPER_LOG).open("a", encoding="utf-8") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "tasks.shipper", str(self._directory)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                # The URI is not an argument: those can be seen by every user of the machine.
-                env={**os.environ, "PYTHONPATH": path, "MLFLOW_TRACKING_URI": self._uri},
-                start_new_session=True,  # Ctrl-C in the terminal is for the training; this one then ships its end
-            )
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tasks.shipper"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # until there is a run, with a log
+            text=True,
+            # The URI is not an argument: those can be seen by every user of the machine.
+            env={**os.environ, "PYTHONPATH": path, "MLFLOW_TRACKING_URI": self._uri},
+            start_new_session=True,  # Ctrl-C in the terminal is for the training; this one then ships its end
+        )
         assert process.stdout is not None
         threading.Thread(target=_relay, args=(process.stdout,), name="shipper-log", daemon=True).start()
         return process
@@ -149,15 +175,24 @@ def follow(directory: Path, tracking_uri: str, wait: Callable[[float], bool]) ->
                 closing = wait(pause)
 
 
-def main(directory: Path, tracking_uri: str) -> int:
+def main(tracking_uri: str) -> int:
     """The program: exit code 0 when everything was shipped, 1 when not, 3 when another process is at it."""
+    os.nice(10)  # the training goes first
+    with contextlib.suppress(Exception):  # what is wrong with it is said when it is used, and there is a log
+        load()
+    line = sys.stdin.readline()
+    if not line:
+        return 0
+    directory = Path(line.removesuffix("\n"))
+    errors = os.open(directory / SHIPPER_LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(errors, sys.stderr.fileno())
+    os.close(errors)
     logging.raiseExceptions = False  # the training process that reads this may be dead
     handler = logging.StreamHandler(sys.stdout)
     sys.stdout = sys.stderr  # what else is printed is for shipper.log
     handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
     logging.getLogger("tasks").addHandler(handler)
     logging.getLogger("tasks").setLevel(logging.INFO)
-    os.nice(10)  # the training goes first
     try:
         return 0 if follow(directory, tracking_uri, _wait_for_owner) else 1
     except BusyError as error:
@@ -179,4 +214,4 @@ def _relay(lines: IO[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), os.environ["MLFLOW_TRACKING_URI"]))
+    sys.exit(main(os.environ["MLFLOW_TRACKING_URI"]))

@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import psutil
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
@@ -57,7 +58,7 @@ def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
 
 def test_the_shipper_ships_while_the_run_goes_on(store: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     journal = begin(tmp_path / "live")
-    shipper = Shipper(tmp_path / "live", store)
+    shipper = Shipper(store).follow(tmp_path / "live")
     journal.start_stage("sft")
     journal.metrics("sft", {"sft/loss": 1.0}, 1)
     until(lambda: "sft" in Shipped.read(tmp_path / "live").runs)
@@ -76,10 +77,25 @@ def test_the_shipper_also_ships_what_an_earlier_run_has_left(store: str, tmp_pat
         journal.start_stage("sft")
         journal.metrics("sft", {"sft/loss": 1.0}, 1)
     with begin(tmp_path / "next"):
-        shipper = Shipper(tmp_path / "next", store)
+        shipper = Shipper(store).follow(tmp_path / "next")
     assert shipper.close(timeout=60)
     assert Shipped.read(tmp_path / "left").complete
     assert history(store, runs_of(store, "left")["sft"], "sft/loss") == [(1, 1.0)]
+
+
+def test_without_a_run_the_shipper_ends_at_once(store: str) -> None:
+    with pytest.raises(ValueError, match="refused"), Shipper(store) as shipper:
+        raise ValueError("refused")
+    assert shipper._process.poll() is not None
+
+
+def test_the_shipper_of_an_owner_that_dies_before_its_run_begins_ends(store: str) -> None:
+    code = (
+        "import os, sys; from tasks.shipper import Shipper\n"
+        "print(Shipper(sys.argv[1])._process.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    said = subprocess.run([sys.executable, "-c", code, store], cwd=ROOT, check=False, stdout=subprocess.PIPE, text=True)
+    until(lambda: not psutil.pid_exists(int(said.stdout)))
 
 
 def test_kill_9_of_the_training_is_reported_by_the_shipper(store: str, tmp_path: Path) -> None:
@@ -89,7 +105,7 @@ def test_kill_9_of_the_training_is_reported_by_the_shipper(store: str, tmp_path:
         "from tasks.journal import RunJournal; from tasks.shipper import Shipper\n"
         "directory = Path(sys.argv[1])\n"
         "journal = RunJournal.open(directory); journal.start('demo', experiment='rlhf'); journal.start_stage('sft')\n"
-        "Shipper(directory, sys.argv[2])\n"
+        "Shipper(sys.argv[2]).follow(directory)\n"
         "journal.metrics('sft', {'sft/loss': 1.0}, 1); os.kill(os.getpid(), 9)\n"
     )
     subprocess.run([sys.executable, "-c", code, str(directory), store], cwd=ROOT, check=False)
@@ -106,7 +122,7 @@ def test_kill_9_of_the_shipper_in_the_middle_loses_and_doubles_nothing(store: st
         journal.start_stage("sft")
         for step in range(points):
             journal.metrics("sft", {"sft/loss": float(step)}, step)
-        shipper = Shipper(directory, store)
+        shipper = Shipper(store).follow(directory)
         until(lambda: Shipped.read(directory).offset > 20_000)
         os.kill(shipper._process.pid, signal.SIGKILL)
         shipper._process.wait()
@@ -173,7 +189,7 @@ def test_a_server_killed_and_restarted_gets_every_point_once_and_never_blocks(
     with begin(directory) as journal:
         journal.start_stage("sft")
         journal.text("sft", "notes/a.txt", "hello")
-        shipper = Shipper(directory, server.uri)
+        shipper = Shipper(server.uri).follow(directory)
         tracker = JournalTracker(tmp_path / "metrics.jsonl", journal.listener("sft"))
 
         def train(condition: Callable[[], bool]) -> None:
@@ -213,11 +229,12 @@ def test_without_a_server_the_run_ends_in_time_and_is_kept_for_later(
         free.bind(("127.0.0.1", 0))
         uri = f"http://127.0.0.1:{free.getsockname()[1]}"
     with begin(tmp_path / "offline") as journal:
-        shipper = Shipper(tmp_path / "offline", uri)
+        shipper = Shipper(uri).follow(tmp_path / "offline")
         until(lambda: "cannot be written to" in caplog.text)
         journal.tags(PARENT, {"late": "yes"})
     started = time.monotonic()
     assert not shipper.close(timeout=1.0)
+    assert not shipper.close(timeout=60)  # nothing happens, as it is closed
     assert time.monotonic() - started < 5
     assert ship(tmp_path / "offline", store).complete
     assert runs_of(store, "offline")[PARENT].data.tags["late"] == "yes"
@@ -234,7 +251,7 @@ def test_a_run_that_is_cancelled_waits_less(
     waited: list[float] = []
     monkeypatch.setattr(Shipper, "_spawn", lambda self: None)
     monkeypatch.setattr(Shipper, "close", lambda self, timeout: waited.append(timeout))
-    with pytest.raises(type(error)) if error else nullcontext(), Shipper(tmp_path, "sqlite://"):
+    with pytest.raises(type(error)) if error else nullcontext(), Shipper("sqlite://"):
         if error:
             raise error
     assert waited == [seconds]
