@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import json
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from rlhf.artifacts import write_json
 from rlhf.errors import ConfigError
 from rlhf.explain import did_you_mean
 from rlhf.locations import expanded
@@ -88,8 +90,37 @@ class Parsed(NamedTuple):
     imports: tuple[tuple[int, str, tuple[str, ...]], ...]
 
 
-@cache  # by content, as a run asks for the same files once for each stage, twice
+_used: dict[str, Parsed] = {}  # by this process; the keys are digests of source, Python's version and this module
+_recalled: dict[str, Parsed] = {}  # from earlier ones
+_PARSER = f"{sys.version}\0{Path(__file__).read_text(encoding='utf-8')}".encode()
+
+
+def recall(path: Path) -> None:
+    """Take what earlier processes have remembered there: parsing all code anew takes half a second."""
+    try:
+        for name, (fingerprint, imports) in dict(json.loads(path.read_text(encoding="utf-8"))).items():
+            known = tuple((int(level), str(module), tuple(map(str, names))) for level, module, names in imports)
+            _recalled[str(name)] = Parsed(str(fingerprint), known)
+    except (OSError, ValueError, TypeError):
+        return
+
+
+def remember(path: Path) -> None:
+    """Write what this process has parsed or recalled, if there is more of it now; failing to only costs time later."""
+    if _used.keys() - _recalled.keys():
+        with suppress(OSError):
+            write_json(path, _used)
+            _recalled.update(_used)
+
+
 def _parsed(source: bytes) -> Parsed:
+    name = hashlib.sha256(_PARSER + b"\0" + source).hexdigest()
+    if name not in _used:
+        _used[name] = _recalled.get(name) or _parse(source)
+    return _used[name]
+
+
+def _parse(source: bytes) -> Parsed:
     tree = _tree(source)
     imports = tuple(_imports([tree]))
     for node in _statements([tree]):

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pydantic import JsonValue
 
+from rlhf import fingerprint
 from rlhf.accelerate_file import check_file
 from rlhf.artifacts import FileHashes, Manifest, Store
 from rlhf.config import PipelineConfig
@@ -37,6 +38,7 @@ FUNCTIONS = {  # the settings by which a stage names the functions that it calls
     "ppo": ("ppo.rewards", "ppo.judges"),
     "evaluate": ("evaluate.scorers", "ppo.rewards"),
 }
+CODE = "code.json"  # in the home folder: what is known of code, so that a plan need not parse it
 KEY_LENGTH = 32  # hexadecimal digits: 128 bits
 
 
@@ -122,6 +124,7 @@ class Planner:
             InputError: a file or module that the configuration names is missing, or cannot be used.
         """
         check_file(self.config.resources)
+        fingerprint.recall(self.store.home / CODE)
         plans: dict[str, StagePlan] = {}
         for stage in self.selection.stages(self.config):
             known = {name: plan.manifest for name, plan in plans.items() if plan.manifest is not None}
@@ -140,6 +143,7 @@ class Planner:
                     f"run it first: rlhf run --until {stage}"
                 )
         self._hashes.save()
+        fingerprint.remember(self.store.home / CODE)
         return list(plans.values())
 
     def decide(self, stage: str, outputs: Mapping[str, Manifest]) -> StagePlan:

@@ -56,6 +56,36 @@ def test_broken_code_names_the_line(tmp_path: Path) -> None:
         of(tmp_path, "x = 1\nx = = 2\n")
 
 
+def test_what_was_parsed_is_remembered_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory, path = tmp_path / "code.json", tmp_path / "code.py"
+
+    def in_a_new_process() -> str:
+        monkeypatch.setattr(fingerprint, "_used", {})
+        monkeypatch.setattr(fingerprint, "_recalled", {})
+        fingerprint.recall(memory)
+        found = code_fingerprint(path)
+        fingerprint.remember(memory)
+        return found
+
+    path.write_text("from rlhf import sft\nx = 1\n")
+    first = in_a_new_process()
+    with monkeypatch.context() as patch:
+        patch.setattr(fingerprint, "_parse", lambda source: pytest.fail("parsed again"))
+        assert in_a_new_process() == first
+        assert fingerprint._parsed(path.read_bytes()).imports == ((0, "rlhf", ("sft",)),)
+    path.write_text("from rlhf import sft\nx = 2\n")
+    other = in_a_new_process()
+    assert other != first
+    for damaged in ("", "{", "[1]", '{"a": 1}', '{"a": ["b", [[0]]]}'):
+        memory.write_text(damaged)
+        assert in_a_new_process() == other
+    monkeypatch.setattr(fingerprint, "_PARSER", b"another version of Python, or of this module")
+    fingerprint.recall(memory)
+    with monkeypatch.context() as patch:
+        patch.setattr(fingerprint, "_parse", lambda source: fingerprint.Parsed("anew", ()))
+        assert code_fingerprint(path) == "anew"
+
+
 def test_imports_in_functions_count_and_those_for_types_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "rlhf"
     package.mkdir()
