@@ -177,9 +177,9 @@ def follow(directory: Path, tracking_uri: str, wait: Callable[[float], bool]) ->
 
 def main(tracking_uri: str) -> int:
     """The program: exit code 0 when everything was shipped, 1 when not, 3 when another process is at it."""
-    os.nice(10)  # the training goes first
     with contextlib.suppress(Exception):  # what is wrong with it is said when it is used, and there is a log
         load()
+    os.nice(10)  # the training goes first
     line = sys.stdin.readline()
     if not line:
         return 0
