@@ -107,10 +107,11 @@ def recall(path: Path) -> None:
 
 def remember(path: Path) -> None:
     """Write what this process has parsed or recalled, if there is more of it now; failing to only costs time later."""
-    if _used.keys() - _recalled.keys():
+    used = dict(_used)  # other threads may add to it
+    if used.keys() - _recalled.keys():
         with suppress(OSError):
-            write_json(path, _used)
-            _recalled.update(_used)
+            write_json(path, used)
+            _recalled.update(used)
 
 
 def _parsed(source: bytes) -> Parsed:
