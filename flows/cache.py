@@ -10,12 +10,14 @@ from typing import Any
 from rich.console import Console
 
 from flows import summary
-from rlhf import artifacts, champion, headlines
-from rlhf.artifacts import Manifest, Store
+from rlhf.champions import history as champion
 from rlhf.errors import ArtifactError, ConfigError
-from rlhf.locations import STORE_VARIABLE, home_directory
-from rlhf.runs import read_runs
-from rlhf.stores import SharingStore, open_store
+from rlhf.runs import headlines
+from rlhf.runs.records import read_runs
+from rlhf.store import artifacts
+from rlhf.store.artifacts import Manifest, Store
+from rlhf.store.locations import STORE_VARIABLE, home_directory
+from rlhf.store.opening import SharingStore, open_store
 
 
 def ls(options: argparse.Namespace, console: Console) -> None:

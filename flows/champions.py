@@ -16,20 +16,20 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from flows.summary import print_table
-from rlhf import champion
-from rlhf.artifacts import Store
-from rlhf.champion import Considered, Contender
-from rlhf.config import PipelineConfig
+from rlhf.champions import history as champion
+from rlhf.champions.history import Considered, Contender
+from rlhf.config.explain import did_you_mean
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import ArtifactError, ConfigError
-from rlhf.explain import did_you_mean
-from rlhf.runs import RunRecord, read_runs
+from rlhf.runs.records import RunRecord, read_runs
 from rlhf.stages import enabled_stages
-from rlhf.stores import open_store
+from rlhf.store.artifacts import Store
+from rlhf.store.opening import open_store
 from tasks import registry
 from tasks.mlflow_server import tracking_uri
 
 if TYPE_CHECKING:
-    from rlhf.gate import Verdict
+    from rlhf.champions.gate import Verdict
 
 ABOUT = (
     "Show the champions, why they are that and since when; let the gate decide about a run (promote: exit code 1 if it "
@@ -86,7 +86,7 @@ def decide(
         ConfigError: another run has become the champion while a person was asked.
         ArtifactError: artifacts of the candidate are gone or damaged, or a file of the champions is.
     """
-    from rlhf import contest, gate  # here, as torch comes with it
+    from rlhf.champions import contest, gate  # here, as torch comes with it
 
     holder = champion.champion(store.home, config.name)
     with turn or nullcontext():
@@ -270,7 +270,7 @@ def _print(pipeline: str, decision: Decision, console: Console) -> None:
 
 
 def _as_json(decision: Decision) -> dict[str, Any]:
-    from rlhf.intervals import without_nan
+    from rlhf.statistics.intervals import without_nan
 
     verdict = decision.verdict
     found: dict[str, Any] = without_nan({

@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from flows import cache, champions, compare, generate, reports, sheets, summary, up
-from rlhf import headlines
-from rlhf.artifacts import Store
-from rlhf.config import PipelineConfig
-from rlhf.disk import named_if_full
+from rlhf.cache.plan import Planner, Selection, StagePlan
+from rlhf.config.load import dump, load, presets
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import ConfigError, InputError, RlhfError
-from rlhf.locations import STORE_VARIABLE, home_directory
-from rlhf.plan import Planner, Selection, StagePlan
-from rlhf.runs import read_runs
-from rlhf.settings import dump, load, presets
+from rlhf.runs import headlines
+from rlhf.runs.records import read_runs
 from rlhf.stages import STAGES
-from rlhf.stores import open_store
+from rlhf.store.artifacts import Store
+from rlhf.store.disk import named_if_full
+from rlhf.store.locations import STORE_VARIABLE, home_directory
+from rlhf.store.opening import open_store
 
 if TYPE_CHECKING:
     from flows.server import Server
@@ -173,7 +173,7 @@ def _show(options: argparse.Namespace, console: Console) -> None:
 def _validate(options: argparse.Namespace, console: Console) -> None:
     config = _config(options)
     Planner(config, _store(options)).plan()  # the files and functions that it names are there
-    from rlhf.prepare import check
+    from rlhf.prepare.stage import check
 
     checked = check(config)  # every row is as it must be
     rows = ", ".join(f"{sized.kept} {kind}" for kind, sized in checked.kinds.items())

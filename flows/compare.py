@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from flows.summary import print_table
-from rlhf import headlines
-from rlhf.artifacts import Store
+from rlhf.config.explain import did_you_mean
 from rlhf.errors import ConfigError
-from rlhf.explain import did_you_mean
-from rlhf.labels import LABELS, label
-from rlhf.locations import home_directory
-from rlhf.runs import CHAMPION, RunRecord, find_run, read_runs
+from rlhf.metrics.labels import LABELS, label
+from rlhf.runs import headlines
+from rlhf.runs.records import CHAMPION, RunRecord, find_run, read_runs
+from rlhf.store.artifacts import Store
+from rlhf.store.locations import home_directory
 
 if TYPE_CHECKING:
-    from rlhf.intervals import Estimate
-    from rlhf.runs_compared import Change, Compared, Row
+    from rlhf.runs.compared import Change, Compared, Row
+    from rlhf.statistics.intervals import Estimate
 
 ABOUT_DIFF = "Say what differs between two runs: configuration, data, code, versions, and figures beyond noise."
 ABOUT_COMPARE = "Show runs side by side: the settings in which they differ, and what they measured."
@@ -80,22 +80,22 @@ def add_compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def diff(options: argparse.Namespace, console: Console) -> None:
     """Compare two runs."""
-    from rlhf import runs_compared
+    from rlhf.runs import compared
 
     store = Store(home_directory(options.home))
-    a, b = (runs_compared.read(find_run(store.home, name), store) for name in (options.a, options.b))
+    a, b = (compared.read(find_run(store.home, name), store) for name in (options.a, options.b))
     if options.json:
-        print(json.dumps(runs_compared.as_json(a, b), indent=1))
+        print(json.dumps(compared.as_json(a, b), indent=1))
         return
     for letter, side in (("A", a), ("B", b)):
         console.print(f"{letter}  {_named(side.record)}", highlight=False, markup=False, soft_wrap=True)
     became: dict[str, list[str]] = {}
-    for stage, what in runs_compared.stages(a, b).items():
+    for stage, what in compared.stages(a, b).items():
         became.setdefault(what, []).append(stage)
     words = {"same": "the same artifact", "same result": "made anew with the same result", "different": "differs"}
     print_table(("stages", ""), [(", ".join(names), words.get(what, what)) for what, names in became.items()], console)
-    _print_changes(runs_compared.changes(a, b), console)
-    _print_figures(runs_compared.compare(a, b), options.all, console)
+    _print_changes(compared.changes(a, b), console)
+    _print_figures(compared.compare(a, b), options.all, console)
 
 
 def _named(record: RunRecord) -> str:
@@ -162,7 +162,7 @@ def _print_figures(figures: Sequence[Compared], everything: bool, console: Conso
 
 def _shown(figures: Mapping[str, Compared], policy: str) -> dict[str, str]:
     """The figures that people look at, if they can be tested, or would be but for the judge; with what to call them."""
-    from rlhf.runs_compared import NO_INTERVAL
+    from rlhf.runs.compared import NO_INTERVAL
 
     prefix = f"evaluate/{policy}/"
     found = {name: _win_rate(name) for start in WIN_RATES for name in figures if name.startswith(start)}
@@ -204,11 +204,11 @@ def _verdict(figure: Compared) -> str:
 # ----------------------------------------------------------------------------------------------------- many runs
 def compare(options: argparse.Namespace, console: Console) -> None:
     """Show runs side by side."""
-    from rlhf import runs_compared
+    from rlhf.runs import compared
 
     store = Store(home_directory(options.home))
     records = _records(options, store)
-    rows = runs_compared.side_by_side([runs_compared.read(record, store) for record in records])
+    rows = compared.side_by_side([compared.read(record, store) for record in records])
     known = list(dict.fromkeys(name for row in rows for name in row.metrics))
     chosen = _chosen(options.metrics, known)
     if options.json or options.csv:

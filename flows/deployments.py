@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from flows.heartbeats import ENVIRONMENT, TAG, look_after_runs
-from rlhf.config import PipelineConfig
-from rlhf.data.settings import KINDS
+from rlhf.config.data import KINDS
+from rlhf.config.load import load, presets
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import ConfigError
-from rlhf.locations import DEMO_PREFIX, HUB_PREFIX
-from rlhf.settings import load, presets
+from rlhf.store.locations import DEMO_PREFIX, HUB_PREFIX
 from tasks.prefect_server import make_pool
 
 POOL = "rlhf"

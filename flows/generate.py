@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from flows.summary import print_table
-from rlhf import policies
-from rlhf.artifacts import Store
-from rlhf.config import PipelineConfig, Resources
+from rlhf.config.load import load
+from rlhf.config.pipeline import PipelineConfig, Resources
 from rlhf.errors import ConfigError, DataError
-from rlhf.policies import Place, Trained
-from rlhf.settings import load
-from rlhf.stores import open_store
+from rlhf.runs import policies
+from rlhf.runs.policies import Place, Trained
+from rlhf.store.artifacts import Store
+from rlhf.store.opening import open_store
 from tasks.mlflow_server import tracking_uri
 
 if TYPE_CHECKING:
-    from rlhf.generate import Response, Sampling
+    from rlhf.runs.generate import Response, Sampling
 
 ABOUT = (
     "Compare the base, SFT and PPO policies of a pipeline on your prompts, with a score where there is a reward. "
@@ -59,7 +59,7 @@ def generate(options: argparse.Namespace, console: Console) -> None:
     """Run the command."""
     config, trained = _sources(options)
     prompts, columns = _prompts(options, config)
-    from rlhf import generate as library
+    from rlhf.runs import generate as library
 
     sampling = _sampling(options, config)
     resources = Resources() if config is None else config.resources
@@ -112,7 +112,7 @@ def _place(store: Store, name: str) -> Place:
 
 
 def _sampling(options: argparse.Namespace, config: PipelineConfig | None) -> Sampling:
-    from rlhf.generate import Sampling
+    from rlhf.runs.generate import Sampling
 
     sampling = Sampling()
     if config is not None:

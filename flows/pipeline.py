@@ -20,14 +20,14 @@ from flows import champions, reports
 from flows.cancelling import cancellable
 from flows.display import PlainDisplay
 from flows.project import enter_project
-from rlhf.artifacts import Store
-from rlhf.config import PipelineConfig
-from rlhf.disk import named_if_full
-from rlhf.plan import Planner, Selection
-from rlhf.runs import RunRecord
-from rlhf.settings import load, presets
+from rlhf.cache.plan import Planner, Selection
+from rlhf.config.load import load, presets
+from rlhf.config.pipeline import PipelineConfig
+from rlhf.runs.records import RunRecord
 from rlhf.stages import StageName
-from rlhf.stores import open_store
+from rlhf.store.artifacts import Store
+from rlhf.store.disk import named_if_full
+from rlhf.store.opening import open_store
 from tasks import prefect_ui, tracking
 from tasks.flow_runs import flow_run_alive
 from tasks.journal import RunJournal

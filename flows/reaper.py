@@ -17,7 +17,7 @@ from uuid import UUID
 import psutil
 
 from flows.deployments import POOL
-from rlhf.locations import home_directory
+from rlhf.store.locations import home_directory
 from tasks.flow_runs import dead_flow_runs, flow_run_lives, flow_run_was_here, forget_flow_run
 
 if TYPE_CHECKING:

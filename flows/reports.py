@@ -10,11 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rlhf.artifacts import Store
+from rlhf.cache.plan import StagePlan
 from rlhf.errors import ConfigError
-from rlhf.locations import home_directory
-from rlhf.plan import StagePlan
-from rlhf.runs import REPORT, RunRecord, find_run, read_runs
+from rlhf.runs.records import REPORT, RunRecord, find_run, read_runs
+from rlhf.store.artifacts import Store
+from rlhf.store.locations import home_directory
 
 ABOUT = "Write the report of a run, one HTML file that needs no network, and print where it is."
 

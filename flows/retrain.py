@@ -17,11 +17,11 @@ from flows.cancelling import cancellable
 from flows.champions import Answer
 from flows.pipeline import run_pipeline
 from flows.project import enter_project
-from rlhf import champion
-from rlhf.champion import Contender
-from rlhf.config import PipelineConfig
-from rlhf.plan import Planner, Selection
-from rlhf.stores import open_store
+from rlhf.cache.plan import Planner, Selection
+from rlhf.champions import history as champion
+from rlhf.champions.history import Contender
+from rlhf.config.pipeline import PipelineConfig
+from rlhf.store.opening import open_store
 from tasks import prefect_ui
 from tasks.flow_runs import flow_run_alive
 from tasks.prefect_server import patiently

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from flows.heartbeats import ENVIRONMENT
-from rlhf.locks import lock, unlock
+from rlhf.store.locks import lock, unlock
 from tasks.lifetime import end_with
 from tasks.prefect_server import PRIVATE
 

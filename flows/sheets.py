@@ -13,12 +13,12 @@ from typing import Any
 from rich.console import Console
 
 from flows.summary import print_table
-from rlhf import headlines
 from rlhf.errors import ConfigError
-from rlhf.labels import label
-from rlhf.locations import home_directory
-from rlhf.runs import CHAMPION, find_run
-from rlhf.stores import open_store
+from rlhf.metrics.labels import label
+from rlhf.runs import headlines
+from rlhf.runs.records import CHAMPION, find_run
+from rlhf.store.locations import home_directory
+from rlhf.store.opening import open_store
 
 ABOUT = (
     "Write a sheet on which people judge pairs of responses without knowing whose they are, or read one back. A "
@@ -55,7 +55,7 @@ def sheet(options: argparse.Namespace, console: Console) -> None:
 
 
 def _write(options: argparse.Namespace, console: Console) -> None:
-    from rlhf import sheets
+    from rlhf.feedback import sheets
 
     if options.rows is not None and options.rows < 1:
         raise ConfigError(f"--rows is {options.rows}; it must be 1 or more")
@@ -79,7 +79,7 @@ def _write(options: argparse.Namespace, console: Console) -> None:
 
 
 def _read(options: argparse.Namespace, console: Console) -> None:
-    from rlhf import verdicts
+    from rlhf.feedback import verdicts
 
     home = home_directory(options.home)
     reader = options.by if options.by is not None else os.environ.get("RLHF_USER") or getpass.getuser()

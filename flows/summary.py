@@ -12,11 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from flows import reports
-from rlhf import headlines
-from rlhf.artifacts import Store
-from rlhf.config import PipelineConfig
-from rlhf.plan import StagePlan
-from rlhf.settings import Preset
+from rlhf.cache.plan import StagePlan
+from rlhf.config.load import Preset
+from rlhf.config.pipeline import PipelineConfig
+from rlhf.runs import headlines
+from rlhf.store.artifacts import Store
 from tasks.mlflow_server import tracking_uri
 
 REASONS_SHOWN = 4

@@ -25,12 +25,12 @@ from pydantic import Field
 from flows.cancelling import cancellable
 from flows.pipeline import pipeline
 from flows.project import enter_project
-from rlhf.config import PipelineConfig
+from rlhf.cache.plan import Planner
+from rlhf.config.load import load
+from rlhf.config.pipeline import PipelineConfig
+from rlhf.config.yaml12 import read_mapping, write_value
 from rlhf.errors import ConfigError, RlhfError
-from rlhf.plan import Planner
-from rlhf.settings import load
-from rlhf.stores import open_store
-from rlhf.yaml12 import read_mapping, write_value
+from rlhf.store.opening import open_store
 from tasks.flow_runs import flow_run_alive
 from tasks.lifetime import end_with
 from tasks.stopping import STOP_SECONDS

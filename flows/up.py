@@ -29,9 +29,9 @@ from flows.heartbeats import SERVER_ENVIRONMENT
 from flows.project import PROJECT
 from flows.server import configure
 from rlhf.errors import ConfigError
-from rlhf.locations import home_directory
-from rlhf.locks import try_lock, unlock
-from rlhf.stores import open_store
+from rlhf.store.locations import home_directory
+from rlhf.store.locks import try_lock, unlock
+from rlhf.store.opening import open_store
 from tasks.mlflow_server import UI_URL, default_uri, for_browsers, without_password
 
 ABOUT = "Start Prefect, MLflow, the deployments and a worker on this machine; Ctrl-C ends all of it."

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf.errors import ArtifactError
 from rlhf.stages import STAGES
-from rlhf.stopping import Stop
+from rlhf.tracking.stopping import Stop
 
 if TYPE_CHECKING:
-    from rlhf.config import PipelineConfig
-    from rlhf.tracker import Tracker
+    from rlhf.config.pipeline import PipelineConfig
+    from rlhf.tracking.tracker import Tracker
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Context:
         return str(self.input("sft/model")) if "sft" in self.inputs else self.base_model()
 
     def model_options(self, path: str) -> dict[str, Any]:
-        """How the loaders of ``rlhf.models`` open a model; ``model.revision`` is that of ``model.path`` only."""
+        """How ``rlhf.models.loading`` opens a model; ``model.revision`` is that of ``model.path`` only."""
         model = self.config.model
         return {
             "revision": model.revision if path == model.path else None,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
-    from rlhf.config import PipelineConfig
+    from rlhf.config.pipeline import PipelineConfig
 
 
 StageName = Literal["prepare", "sft", "judge", "reward", "ppo", "evaluate"]
@@ -43,7 +43,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         Stage(
             name="prepare",
-            module="rlhf.prepare",
+            module="rlhf.prepare.stage",
             settings=("data", *_RANDOM_MODEL),
             inputs={},
             libraries=("torch", "transformers", "tokenizers", "pyarrow", "datasets"),
@@ -51,7 +51,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="sft",
-            module="rlhf.sft",
+            module="rlhf.sft.stage",
             settings=("sft", *_WEIGHTS),
             inputs={"prepare": ("demonstrations", "base")},
             libraries=(*_TORCH, "trl", "datasets"),
@@ -60,7 +60,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="judge",
-            module="rlhf.judge",
+            module="rlhf.judge.stage",
             settings=("judge", *_WEIGHTS),
             inputs={
                 "prepare": ("preferences", "ratings", "prompts", "base"),
@@ -70,7 +70,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="reward",
-            module="rlhf.reward",
+            module="rlhf.reward.stage",
             settings=("reward", *_WEIGHTS),
             inputs={
                 "prepare": ("demonstrations", "preferences", "ratings", "base"),
@@ -90,7 +90,7 @@ STAGES: dict[str, Stage] = {
         ),
         Stage(
             name="evaluate",
-            module="rlhf.evaluate",
+            module="rlhf.evaluate.stage",
             settings=("evaluate", "ppo.rewards", "model.dtype"),
             inputs={
                 "prepare": ("prompts", "base"),

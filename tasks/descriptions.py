@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlhf.config import PipelineConfig
-from rlhf.headlines import sentences, value
-from rlhf.schema import written
+from rlhf.config.fields import written
+from rlhf.config.pipeline import PipelineConfig
+from rlhf.runs.headlines import sentences, value
 
 LAST_FIRST = ("ppo", "sft", "base")
 # Of the last policy, beside win rates and scores; those of the reward model.

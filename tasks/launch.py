@@ -27,10 +27,10 @@ from typing import IO, Any, NamedTuple
 import psutil
 
 from rlhf import errors
-from rlhf.config import Resources
+from rlhf.config.pipeline import Resources
 from rlhf.context import Context
 from rlhf.errors import ConfigError, RlhfError
-from rlhf.tracker import Listener
+from rlhf.tracking.tracker import Listener
 from tasks.messages import EVENTS, EXIT_CODES, FAILURE, METRICS, SPEC, Failure, Spec, decode
 
 log = logging.getLogger(__name__)

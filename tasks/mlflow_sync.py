@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from rlhf.locks import try_lock, unlock
+from rlhf.store.locks import try_lock, unlock
 from tasks import mlflow_files
 from tasks.journal import JOURNAL, PARENT, end_if_abandoned, operations
 from tasks.mlflow_server import brief, connect, error_code, experiment_id, is_permanent, key, ui_url, without_password

@@ -18,9 +18,9 @@ from urllib.parse import quote
 from prefect import artifacts, runtime
 from prefect.settings import PREFECT_UI_URL
 
-from rlhf import headlines
-from rlhf.plan import StagePlan
-from rlhf.runs import REPORT
+from rlhf.cache.plan import StagePlan
+from rlhf.runs import headlines
+from rlhf.runs.records import REPORT
 from rlhf.stages import enabled_stages
 from tasks.journal import PARENT
 from tasks.mlflow_server import tracking_uri

@@ -21,12 +21,12 @@ import time
 import traceback
 from pathlib import Path
 
-from rlhf import computing, processes
-from rlhf.config import PipelineConfig
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.context import Context
 from rlhf.errors import ConfigError
 from rlhf.stages import STAGES
-from rlhf.tracker import Entry, JournalTracker, Listener, NullTracker, Progress
+from rlhf.tracking.tracker import Entry, JournalTracker, Listener, NullTracker, Progress
+from rlhf.training import computing, processes
 from tasks.lifetime import end_with
 from tasks.messages import EVENTS, FAILURE, LAUNCHER, METRICS, SPEC, Failure, Spec, encode
 from tasks.stopping import STOP_SECONDS, gently

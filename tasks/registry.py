@@ -1,8 +1,9 @@
 """MLflow's model registry: its alias ``champion``, and the way from a registered model back to files.
 
 The registered models are ``<pipeline>`` and ``<pipeline>-reward``; a run registers its own, by its journal
-(``tasks.mlflow_files.register``). The alias ``champion`` follows ``rlhf.champion``, which is the truth, so that MLflow
-being away changes nothing: what it was not told is told by the next run or command. All of it may be done twice.
+(``tasks.mlflow_files.register``). The alias ``champion`` follows ``rlhf.champions.history``, which is the truth, so
+that MLflow being away changes nothing: what it was not told is told by the next run or command. All of it may be done
+twice.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlhf import champion
-from rlhf.artifacts import Store, digest_of
-from rlhf.champion import Change, Considered, Contender, registered_names
+from rlhf.champions import history as champion
+from rlhf.champions.history import Change, Considered, Contender, registered_names
 from rlhf.errors import ArtifactError, ConfigError
-from rlhf.hashing import manifest_of
+from rlhf.store.artifacts import Store, digest_of
+from rlhf.store.hashing import manifest_of
 from tasks.journal import JOURNAL, PARENT
 from tasks.mlflow_files import ABSENT, version_of
 from tasks.mlflow_server import brief, connect, error_code, without_password

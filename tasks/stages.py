@@ -1,8 +1,8 @@
 """One cached Prefect task per stage.
 
 The task's result is a small JSON reference to an artifact. Reading it back verifies the artifact: where that fails,
-Prefect counts a cache miss and the stage runs again. Prefect's cache key is ours (``rlhf.plan``), computed before the
-task is called, since an error in a cache key function would only be logged and leave the task uncached.
+Prefect counts a cache miss and the stage runs again. Prefect's cache key is ours (``rlhf.cache.plan``), computed before
+the task is called, since an error in a cache key function would only be logged and leave the task uncached.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.transactions import BaseTransaction, IsolationLevel
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from rlhf.artifacts import JOURNAL, Manifest, make_manifest
+from rlhf.cache.plan import StagePlan
 from rlhf.context import Context
 from rlhf.errors import ArtifactError, NotCachedError
-from rlhf.plan import StagePlan
 from rlhf.stages import STAGES, stage_inputs
-from rlhf.tracker import JournalTracker
+from rlhf.store.artifacts import JOURNAL, Manifest, make_manifest
+from rlhf.tracking.tracker import JournalTracker
 from tasks import launch, system
 from tasks.locks import FlockLockManager
 from tasks.run import Run, current_run

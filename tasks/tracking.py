@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlhf.artifacts import JOURNAL, Manifest
-from rlhf.champion import Contender, registered_names
-from rlhf.config import PipelineConfig
-from rlhf.schema import written
-from rlhf.settings import dump
+from rlhf.champions.history import Contender, registered_names
+from rlhf.config.fields import written
+from rlhf.config.load import dump
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.stages import enabled_stages
+from rlhf.store.artifacts import JOURNAL, Manifest
 from tasks import descriptions
 from tasks.journal import PARENT
 from tasks.run import Run

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf import computing, models
-from rlhf.config import Evaluate
+from rlhf.config.explain import did_you_mean
+from rlhf.config.pipeline import Evaluate
 from rlhf.context import Context
 from rlhf.errors import ConfigError, DataError
-from rlhf.explain import did_you_mean
-from rlhf.intervals import Floats
+from rlhf.models import loading
 from rlhf.ppo import batching
 from rlhf.ppo.batching import Prompts
 from rlhf.ppo.checks import check_policy
@@ -26,6 +25,8 @@ from rlhf.ppo.generation import GREEDY
 from rlhf.ppo.policy import Policy, exact_kl
 from rlhf.ppo.rollout import collect, per_token
 from rlhf.ppo.sequences import Sequences
+from rlhf.statistics.intervals import Floats
+from rlhf.training import computing
 
 TOKENS_AT_ONCE = 16384  # of a forward pass for KL and NLL, padding included
 
@@ -67,8 +68,8 @@ def held_out(context: Context) -> HeldOut:
         raise DataError(f"{path}: there is no held-out prompt; raise data.test_fraction or leave evaluate out")
     columns = table.to_pydict()
     texts = columns.pop("prompt")
-    encoder = models.is_encoder_decoder(context.sft_model(), **context.model_options(context.sft_model()))
-    token_ids = models.prompt_token_ids(tokenizer(context), texts, encoder=encoder)
+    encoder = loading.is_encoder_decoder(context.sft_model(), **context.model_options(context.sft_model()))
+    token_ids = loading.prompt_token_ids(tokenizer(context), texts, encoder=encoder)
     none = [None] * len(texts)
     given = zip(columns.get("references", none), columns.get("reference", none), strict=True)
     references = [[text for text in several or [one] if text and text.strip()] for several, one in given]
@@ -97,7 +98,7 @@ def _targets(columns: dict[str, list[Any]], settings: Evaluate) -> Floats | None
 
 def tokenizer(context: Context) -> PreTrainedTokenizerBase:
     """The tokenizer of all policies."""
-    return models.load_tokenizer(context.sft_model(), **context.model_options(context.sft_model()))
+    return loading.load_tokenizer(context.sft_model(), **context.model_options(context.sft_model()))
 
 
 def of_policies(context: Context, rows: HeldOut, device: torch.device) -> dict[str, Answers]:
@@ -120,7 +121,7 @@ def of_policies(context: Context, rows: HeldOut, device: torch.device) -> dict[s
 
 
 def _policy(context: Context, path: str, device: torch.device) -> Policy:
-    model = models.load_policy(path, **context.model_options(path), dtype=context.config.model.dtype)
+    model = loading.load_policy(path, **context.model_options(path), dtype=context.config.model.dtype)
     policy = Policy(model.to(device).eval())
     check_policy(policy)
     return policy
@@ -173,7 +174,7 @@ def _check_room(policy: Policy, prompts: Prompts, new: int) -> None:
     """See that every prompt and its response fit into the model's context."""
     config = policy.language_model.config
     longest = max(map(len, prompts.token_ids))
-    if not models.fits(config, longest, new):
+    if not loading.fits(config, longest, new):
         raise DataError(
             f"a held-out prompt of {longest} tokens and evaluate.max_new_tokens {new} do not fit into the model's "
             f"context of {config.max_position_embeddings} tokens; lower evaluate.max_new_tokens, or set "

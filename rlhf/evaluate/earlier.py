@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from rlhf import intervals
-from rlhf.config import PipelineConfig
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.context import Context
-from rlhf.evaluate import files
+from rlhf.evaluate import output
 from rlhf.evaluate.figures import Figures, Sure
-from rlhf.intervals import Floats
 from rlhf.rewards.registry import labels
+from rlhf.statistics import intervals
+from rlhf.statistics.intervals import Floats
 
 JUDGE = "judge/"  # begins the column of a judge in ppo/evaluations.parquet
 
@@ -39,7 +39,7 @@ def pairs(context: Context, sure: Sure) -> Figures | None:
     return {
         "n": table.num_rows,
         "accuracy": intervals.win_rate(chosen, rejected, *sure)._asdict(),
-        "scores": files.distributions(sides, ["score"])["score"],
+        "scores": output.distributions(sides, ["score"])["score"],
     }
 
 
@@ -48,7 +48,7 @@ def curves(context: Context) -> dict[str, list[float]] | None:
     if not context.has("ppo/curves.parquet"):
         return None
     table = pq.read_table(context.input("ppo/curves.parquet"))
-    found: dict[str, list[float]] = table.select(["step", *files.CURVES]).to_pydict()
+    found: dict[str, list[float]] = table.select(["step", *output.CURVES]).to_pydict()
     return found
 
 

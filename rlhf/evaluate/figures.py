@@ -1,6 +1,7 @@
 """The figures of an evaluation: each metric with its interval, and policies compared prompt by prompt.
 
-Shapes: n prompts, R resamples (see ``rlhf.intervals``). All bootstraps draw the same resamples of the n prompts.
+Shapes: n prompts, R resamples (see ``rlhf.statistics.intervals``). All bootstraps draw the same resamples of the n
+prompts.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf import intervals, metrics
+from rlhf import metrics
 from rlhf.evaluate.answers import Answers
-from rlhf.intervals import Floats, Statistic
 from rlhf.judge.judges import Judged
 from rlhf.metrics import TextScores
+from rlhf.statistics import intervals
+from rlhf.statistics.intervals import Floats, Statistic
 
 Figures = dict[str, Any]
 REFERENCE = "reference"  # the references, beside the policies

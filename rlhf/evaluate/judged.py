@@ -7,15 +7,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rlhf import computing, metrics, models, promotion, rewards
-from rlhf.config import PipelineConfig
+from rlhf import metrics, rewards
+from rlhf.config import promotion
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.context import Context
 from rlhf.evaluate.answers import Answers, HeldOut, size
-from rlhf.intervals import Floats
 from rlhf.judge.judges import ByComparison, Judged
-from rlhf.labels import COMPONENT
 from rlhf.metrics import TextScores
+from rlhf.metrics.labels import COMPONENT
+from rlhf.models import loading
 from rlhf.rewards.registry import labels
+from rlhf.statistics.intervals import Floats
+from rlhf.training import computing
 
 REWARD_MODELS = {"reward": "reward/model", "held_out": "reward/held_out"}
 
@@ -85,9 +88,9 @@ def score(
 def _score_by_model(context: Context, name: str, rows: HeldOut, answers: Mapping[str, Answers]) -> dict[str, float]:
     """Scores of a reward model, which leaves the memory at the end; its size."""
     path, trusted = context.input(REWARD_MODELS[name]), context.config.model.trust_remote_code
-    model = models.load_reward_model(path, trust_remote_code=trusted, dtype=context.config.model.dtype)
+    model = loading.load_reward_model(path, trust_remote_code=trusted, dtype=context.config.model.dtype)
     model.eval().to(computing.device_of(context.config.resources))
-    scorer = rewards.RewardModel(model, models.load_tokenizer(path, trust_remote_code=trusted))
+    scorer = rewards.RewardModel(model, loading.load_tokenizer(path, trust_remote_code=trusted))
     for answer in answers.values():
         answer.values[name] = _scores(scorer, rows, answer.texts)
     return size(model)

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlhf.intervals import Floats
 from rlhf.judge.judges import Judge
 from rlhf.stages import JUDGE_SAMPLING
+from rlhf.statistics.intervals import Floats
 
 if TYPE_CHECKING:
     from rlhf.context import Context

@@ -12,8 +12,8 @@ import numpy as np
 
 from rlhf import rewards
 from rlhf.errors import RewardError
-from rlhf.intervals import Floats
 from rlhf.stages import JUDGE_MODEL
+from rlhf.statistics.intervals import Floats
 
 if TYPE_CHECKING:
     from rlhf.context import Context

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlhf import computing, reward, rewards
+from rlhf import rewards
 from rlhf.judge.judges import Columns
+from rlhf.reward import stage as reward
+from rlhf.training import computing
 
 if TYPE_CHECKING:
     from rlhf.context import Context

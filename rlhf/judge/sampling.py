@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlhf import computing, models
+from rlhf.models import loading
 from rlhf.ppo import batching
 from rlhf.ppo.batching import Prompts
 from rlhf.ppo.checks import check_policy
 from rlhf.ppo.policy import Policy
 from rlhf.ppo.rollout import collect
+from rlhf.training import computing
 
 if TYPE_CHECKING:
     from rlhf.context import Context
@@ -29,16 +30,16 @@ def samples(context: Context, split: str, given: Sequence[str]) -> Iterator[list
     computing.set_up_cpu(config.resources)
     device = computing.device_of(config.resources)
     path = context.sft_model()
-    tokenizer = models.load_tokenizer(path, **context.model_options(path))
+    tokenizer = loading.load_tokenizer(path, **context.model_options(path))
     with computing.quiet():
-        model = models.load_policy(path, **context.model_options(path), dtype=config.model.dtype)
+        model = loading.load_policy(path, **context.model_options(path), dtype=config.model.dtype)
         policy = Policy(model.to(device).eval())
     check_policy(policy)
     encoder = policy.language_model.config.is_encoder_decoder
     texts = [prompt for prompt in given for _ in range(section.samples)]
-    prompts = Prompts(texts, models.prompt_token_ids(tokenizer, texts, encoder), {})
+    prompts = Prompts(texts, loading.prompt_token_ids(tokenizer, texts, encoder), {})
     room = prompts.token_ids, section.max_new_tokens
-    models.check_room(*room, policy.language_model, f"prompts/{split}", "judge.max_new_tokens")
+    loading.check_room(*room, policy.language_model, f"prompts/{split}", "judge.max_new_tokens")
     size = section.batch_size * section.samples
     generator = batching.generator(config.seed, f"judge {split}")
     for start in range(0, len(texts), size):

@@ -1,6 +1,6 @@
 """How different the texts of one corpus are from each other: distinct-n and self-BLEU.
 
-Shapes: n texts; R resamples (see ``rlhf.intervals``).
+Shapes: n texts; R resamples (see ``rlhf.statistics.intervals``).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from sacrebleu.metrics import BLEU
 
-from rlhf.intervals import Statistic
 from rlhf.metrics.text import bleu_of
+from rlhf.statistics.intervals import Statistic
 
 Floats = NDArray[np.float64]
 

@@ -5,7 +5,7 @@ several; a metric leaves out references in which it finds nothing: empty ones, f
 so all in another script. Where none remains the value is NaN, and means leave it out. An empty response to a good
 reference scores 0.
 
-Shapes: n examples; R resamples (see ``rlhf.intervals``).
+Shapes: n examples; R resamples (see ``rlhf.statistics.intervals``).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from rouge_score.tokenize import tokenize
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.metrics.helpers import extract_all_char_ngrams
 
-from rlhf.intervals import Statistic
 from rlhf.metrics.subsequence import lcs_length, union_lcs
+from rlhf.statistics.intervals import Statistic
 
 Found = TypeVar("Found")
 Floats = NDArray[np.float64]

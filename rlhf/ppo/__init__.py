@@ -8,9 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlhf.config.ppo_options import Settings
     from rlhf.ppo.batching import Prompts
     from rlhf.ppo.policy import Policy, ValueModel
-    from rlhf.ppo.settings import Settings
     from rlhf.ppo.trainer import Trainer
 
 _HOMES = {

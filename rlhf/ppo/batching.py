@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf import models
+from rlhf.models import loading
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Prompts:
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **columns: Sequence[Any]) -> Prompts:
         """Prompts for a causal model from their texts; ``columns`` are for the rewards."""
-        return cls(texts, models.prompt_token_ids(tokenizer, texts), columns)
+        return cls(texts, loading.prompt_token_ids(tokenizer, texts), columns)
 
     def __len__(self) -> int:
         return len(self.texts)

@@ -10,11 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from rlhf.config.ppo_options import Generation, Settings
 from rlhf.errors import ConfigError, ModelError
 from rlhf.ppo.generation import generate
 from rlhf.ppo.policy import Policy, ValueModel, shifted
 from rlhf.ppo.sequences import Sequences, unpack
-from rlhf.ppo.settings import Generation, Settings
 
 
 def check_settings(settings: Settings, policy: Policy, value_model: ValueModel | None, processes: int) -> None:

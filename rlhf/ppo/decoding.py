@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
+from rlhf.config.ppo_options import Generation
 from rlhf.ppo.sequences import prefix_mask
-from rlhf.ppo.settings import Generation
 
 log = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
+from rlhf.config.ppo_options import Generation
 from rlhf.ppo.decoding import DropsRows, make_decoder, pad_left
 from rlhf.ppo.policy import Policy
 from rlhf.ppo.sequences import prefix_mask
-from rlhf.ppo.settings import Generation
 
 GREEDY = 1e-6  # temperature of greedy decoding: every token but the likeliest has probability 0 in float32
 DROP_FINISHED_AT = 0.25  # of the rows: dropping copies the cache, so it must be worth it

@@ -12,12 +12,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from rlhf import adapt
+from rlhf.config.ppo_options import Settings
+from rlhf.models import adapt
 from rlhf.ppo import batching, core
 from rlhf.ppo.policy import Policy, ValueModel
 from rlhf.ppo.rollout import Experience
 from rlhf.ppo.sequences import unpack
-from rlhf.ppo.settings import Settings
 
 
 class Step(NamedTuple):

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.config.ppo_options import Generation
 from rlhf.ppo import batching
 from rlhf.ppo.batching import Prompts
 from rlhf.ppo.generation import generate
 from rlhf.ppo.policy import Policy
 from rlhf.ppo.sequences import Sequences, unpack
-from rlhf.ppo.settings import Generation
 
 
 class Rollout(NamedTuple):

@@ -12,16 +12,19 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf import adapt, computing, disk, models, rewards
+from rlhf import rewards
 from rlhf.errors import DataError
+from rlhf.models import adapt, loading
 from rlhf.ppo import state
 from rlhf.ppo.batching import Prompts
 from rlhf.ppo.policy import Policy, ValueModel, plain, zero_head
 from rlhf.ppo.state import Sample
 from rlhf.ppo.trainer import Trainer
+from rlhf.store import disk
+from rlhf.training import computing
 
 if TYPE_CHECKING:
-    from rlhf.config import PipelineConfig, Resources
+    from rlhf.config.pipeline import PipelineConfig, Resources
     from rlhf.context import Context
 
 
@@ -51,8 +54,8 @@ def run(context: Context) -> dict[str, float]:
     computing.seed_everything(config.seed)
     accelerator = make_accelerator(config.resources)
     where = context.model_options(context.sft_model())
-    tokenizer = models.load_tokenizer(context.sft_model(), **where)
-    policy = Policy(models.load_policy(context.sft_model(), **where, dtype=config.model.dtype))
+    tokenizer = loading.load_tokenizer(context.sft_model(), **where)
+    policy = Policy(loading.load_policy(context.sft_model(), **where, dtype=config.model.dtype))
     encoder = policy.language_model.config.is_encoder_decoder
     value_model = _value_model(context, policy) if config.ppo.value_model == "separate" else None
     policy.model = _trainable(policy.model, config)
@@ -76,10 +79,10 @@ def run(context: Context) -> dict[str, float]:
         checkpoints=context.checkpoints,
         seed=config.seed,
     )
-    models.check_room(trainer.prompts.token_ids, config.ppo.max_new_tokens, policy.language_model, "prompts/train")
+    loading.check_room(trainer.prompts.token_ids, config.ppo.max_new_tokens, policy.language_model, "prompts/train")
     if trainer.held_out is not None:
         room = trainer.held_out.token_ids, config.ppo.max_new_tokens
-        models.check_room(*room, policy.language_model, "prompts/validation")
+        loading.check_room(*room, policy.language_model, "prompts/validation")
     check_disk(trainer)
     finals = trainer.train()
     if accelerator.is_main_process:
@@ -109,13 +112,13 @@ def save(trainer: Trainer, out: Path) -> None:
     head = policy.value_head if value_model is None else value_model.head
     if value_model is not None:
         folder = out / "value_model" if head is None else out / "value" / "model"
-        models.save(_merged(value_model.model), tokenizer, folder)
+        loading.save(_merged(value_model.model), tokenizer, folder)
     if head is not None:
         (out / "value").mkdir(exist_ok=True)
         save_file(head.state_dict(), out / "value" / "head.safetensors")
     if not isinstance(policy.model, PreTrainedModel):
         adapt.save_adapter(policy.model, out / "adapter")
-    models.save(_merged(policy.model), tokenizer, out / "model")
+    loading.save(_merged(policy.model), tokenizer, out / "model")
     write_samples(out / "samples.parquet", trainer.progress.samples)
     write_curves(out / "curves.parquet", trainer.progress.history)
     if trainer.progress.evaluations:
@@ -140,7 +143,7 @@ def load_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, encoder: bool =
         raise DataError(
             f"{path} has no row, so there is nothing to work on; change data.validation_fraction or test_fraction"
         )
-    token_ids = models.prompt_token_ids(tokenizer, texts, encoder)
+    token_ids = loading.prompt_token_ids(tokenizer, texts, encoder)
     for row, ids in enumerate(token_ids):
         if not ids:
             raise DataError(f"{path}, row {row}: the prompt {texts[row]!r} has no token; take it out")
@@ -165,7 +168,7 @@ def _value_model(context: Context, policy: Policy) -> ValueModel:
     reward = context.input("reward/model") if context.has("reward/model") else None
     where = context.model_options(context.sft_model())
     dtype = context.config.model.dtype
-    return ValueModel(models.value_model_from(context.sft_model(), reward, **where, dtype=dtype))
+    return ValueModel(loading.value_model_from(context.sft_model(), reward, **where, dtype=dtype))
 
 
 def _rewards(context: Context, device: torch.device) -> rewards.Rewards:
@@ -185,10 +188,10 @@ def _judges(context: Context, device: torch.device) -> dict[str, rewards.Scorer]
 def _reward_model(context: Context, part: str, device: torch.device) -> rewards.RewardModel:
     """A trained reward model, for scoring."""
     path, trusted = context.input(part), context.config.model.trust_remote_code
-    model = models.load_reward_model(path, trust_remote_code=trusted, dtype=context.config.model.dtype)
+    model = loading.load_reward_model(path, trust_remote_code=trusted, dtype=context.config.model.dtype)
     model.to(device).eval().requires_grad_(False)
     adapt.fuse_gelu(model)
-    return rewards.RewardModel(model, models.load_tokenizer(path, trust_remote_code=trusted))
+    return rewards.RewardModel(model, loading.load_tokenizer(path, trust_remote_code=trusted))
 
 
 def _trainable(model: Any, config: PipelineConfig) -> Any:

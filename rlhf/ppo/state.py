@@ -17,15 +17,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlhf import checkpoints
 from rlhf.errors import ArtifactError
-from rlhf.ppo import heldout, overoptimisation
+from rlhf.ppo import overoptimisation, validation
 from rlhf.ppo.batching import Prompts
 from rlhf.ppo.core import Running
-from rlhf.ppo.heldout import Best
 from rlhf.ppo.learner import Learner
 from rlhf.ppo.overoptimisation import Peak
 from rlhf.ppo.policy import Policy
+from rlhf.ppo.validation import Best
+from rlhf.store import checkpoints
 
 BEST = "best"  # folder of the best evaluated policy, among the checkpoints
 CONTROLLERS, OPTIMIZER = "controllers.json", "optimizer.safetensors"
@@ -72,8 +72,8 @@ class Progress:
         Those of ``heldout.summary``, and ``overoptimised/<name>`` of each judge. ``planned`` is the number of
         evaluations of the whole training.
         """
-        proxy, judges = columns["score"], heldout.judged(columns)
-        metrics = heldout.summary(columns) | overoptimisation.alarms(proxy, judges, self.peaks, planned)
+        proxy, judges = columns["score"], validation.judged(columns)
+        metrics = validation.summary(columns) | overoptimisation.alarms(proxy, judges, self.peaks, planned)
         overoptimisation.warn_if_new(metrics, self.evaluations, self.peaks)
         self.peaks = overoptimisation.followed(self.peaks, update, proxy, judges)
         self.evaluations.append({"update": update, **metrics})

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from rlhf.config.ppo_options import Settings
 from rlhf.ppo import core
 from rlhf.ppo.learner import Step
 from rlhf.ppo.overoptimisation import ALARM
 from rlhf.ppo.rollout import Experience, Rollout, Scored
-from rlhf.ppo.settings import Settings
 from rlhf.ppo.state import Progress, Sample
 
 SAMPLES = 16  # rows of one table

@@ -19,19 +19,19 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf import adapt, allocator
+from rlhf.config.ppo_options import Settings
 from rlhf.errors import RewardError, StoppedError, TrainingError
-from rlhf.ppo import batching, core, heldout, state, summary
+from rlhf.models import adapt, allocator
+from rlhf.ppo import batching, core, state, summary, validation
 from rlhf.ppo.batching import Prompts
 from rlhf.ppo.checks import check_policy, check_settings
 from rlhf.ppo.learner import Learner, Step
 from rlhf.ppo.policy import Policy, ValueModel
 from rlhf.ppo.rollout import Experience, Rollout, Scored, collect, per_token
 from rlhf.ppo.sequences import Sequences
-from rlhf.ppo.settings import Settings
 from rlhf.rewards import Rewards, Scorer
-from rlhf.stopping import Stop
-from rlhf.tracker import NullTracker, Tracker
+from rlhf.tracking.stopping import Stop
+from rlhf.tracking.tracker import NullTracker, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class Trainer:
     """PPO of ``policy`` against ``rewards``, held near ``reference``.
 
     Args:
-        settings: the options; ``rlhf.config.Ppo``, a section of the pipeline's configuration, has them too.
+        settings: the options; ``rlhf.config.pipeline.Ppo``, a section of the pipeline's configuration, has them too.
         value_model: None where the policy has a value head (``settings.value_model`` says which of the two).
         checkpoints: where the state goes, and, when something is not finite, the batch. A training that finds its
             own checkpoints there goes on from them.
@@ -202,11 +202,11 @@ class Trainer:
         asked = s, self.policy, self.reference, self.rewards, self.judges, self.held_out
         with self.timed("evaluate"), self.accelerator.autocast():
             try:
-                columns = heldout.measure(*asked, self.tokenizer, self.seed, self.accelerator)
+                columns = validation.measure(*asked, self.tokenizer, self.seed, self.accelerator)
             except (RewardError, TrainingError) as error:
                 raise type(error)(f"ppo, evaluation after update {update}: {error}") from error
-        metrics = progress.evaluated(update, columns, heldout.planned(s))
-        best = heldout.better(metrics, update, s, self.best_metric, progress.best)
+        metrics = progress.evaluated(update, columns, validation.planned(s))
+        best = validation.better(metrics, update, s, self.best_metric, progress.best)
         if best is not None:
             progress.best = best
             if self.accelerator.is_main_process:
@@ -224,7 +224,7 @@ class Trainer:
         s, accelerator = self.settings, self.accelerator
         check_settings(s, self.policy, self.value_model, accelerator.num_processes)
         if s.eval_every:
-            heldout.check(s, self.held_out, self.rewards, self.judges, accelerator.num_processes)
+            validation.check(s, self.held_out, self.rewards, self.judges, accelerator.num_processes)
         if self.reference is None:
             self.reference = self.policy.as_reference()
         for model in (self.policy, self.value_model, self.reference):
@@ -243,7 +243,7 @@ class Trainer:
     @property
     def best_metric(self) -> str:
         """The metric by which the best policy is chosen."""
-        return heldout.best_metric(self.settings, self.judges)
+        return validation.best_metric(self.settings, self.judges)
 
     @property
     def device(self) -> torch.device:
@@ -362,7 +362,7 @@ class Trainer:
         """Give the policy the weights of the best evaluation, if there was one within the KL budget."""
         self.accelerator.wait_for_everyone()
         if self.progress.best is not None:
-            heldout.warn_if_no_better(self.progress.evaluations, self.best_metric, self.progress.best)
+            validation.warn_if_no_better(self.progress.evaluations, self.best_metric, self.progress.best)
             state.load_best(self.checkpoints, self.policy, self.progress.best)
         elif self.settings.kl_budget is not None:
             log.warning("no evaluation was within ppo.kl_budget %g: the last policy is kept", self.settings.kl_budget)

@@ -6,13 +6,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf import headlines
 from rlhf.report import charts
 from rlhf.report.charts import Curve
 from rlhf.report.model import Figure, Folded, Section, Sources, Table
 from rlhf.report.results import spread
 from rlhf.report.words import DASH, energy, interval, number, percent, score_name, significant
-from rlhf.tracker import Entry
+from rlhf.runs import headlines
+from rlhf.tracking.tracker import Entry
 
 SPLITS = {"train": "one", "validation": "two", "test": "three"}
 POINTS, ROWS = 400, 60  # most points of a curve, most rows of the table behind it

@@ -12,12 +12,12 @@ from typing import Any, Literal, NamedTuple
 from markupsafe import Markup
 from pydantic import ValidationError
 
-from rlhf.artifacts import JOURNAL, Manifest, Store, read_manifest
-from rlhf.config import PipelineConfig
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import ArtifactError
-from rlhf.hashing import MANIFEST
-from rlhf.runs import RunRecord
-from rlhf.tracker import Entry, read_journal
+from rlhf.runs.records import RunRecord
+from rlhf.store.artifacts import JOURNAL, Manifest, Store, read_manifest
+from rlhf.store.hashing import MANIFEST
+from rlhf.tracking.tracker import Entry, read_journal
 
 
 @dataclass(frozen=True)

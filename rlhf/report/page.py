@@ -11,13 +11,13 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 import rlhf
-from rlhf import headlines
 from rlhf.report import frontier, making, provenance, results
 from rlhf.report.model import Section, Sources
 from rlhf.report.people import people
 from rlhf.report.samples import samples
 from rlhf.report.verdict import verdict
 from rlhf.report.words import moment, visible
+from rlhf.runs import headlines
 
 
 def page(sources: Sources) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
-from rlhf import headlines
+from rlhf.config.fields import Section as ConfigSection
+from rlhf.config.fields import written
+from rlhf.config.load import dump
+from rlhf.config.yaml12 import write_value
 from rlhf.report import charts
 from rlhf.report.model import Figure, Folded, Section, Sources, Table
 from rlhf.report.words import DASH
-from rlhf.schema import Section as ConfigSection
-from rlhf.schema import written
-from rlhf.settings import dump
-from rlhf.yaml12 import write_value
+from rlhf.runs import headlines
 
 SHORT = 12  # characters of a digest or key
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.labels import LABELS, label
+from rlhf.metrics.labels import LABELS, label
 from rlhf.report import charts
 from rlhf.report.charts import Dot, Spread
 from rlhf.report.model import Figure, Folded, Section, Sources, Table

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from markupsafe import escape
 
-from rlhf.labels import label
+from rlhf.metrics.labels import label
 from rlhf.report.model import Sources
 from rlhf.report.verdict import judge_of
 from rlhf.report.words import in_sentence, number, score_name, shortened, visible

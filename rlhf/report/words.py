@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf.labels import label
+from rlhf.metrics.labels import label
 
 DASH, MINUS, NBSP = "\N{EN DASH}", "\N{MINUS SIGN}", "\N{NO-BREAK SPACE}"
 KEPT = "\n\t"  # control characters that a page can show

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf.intervals import Floats
+from rlhf.statistics.intervals import Floats
 
 BINS, DRAWS, CONFIDENCE = 10, 200, 0.95
 

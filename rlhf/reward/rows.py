@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from rlhf.errors import DataError
-from rlhf.scoring import score_token_ids, usable_length
+from rlhf.models.score_input import score_token_ids, usable_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -17,22 +17,23 @@ import torch
 from torch import Tensor
 from trl import RewardConfig, RewardTrainer
 
-from rlhf import adapt, processes, training
 from rlhf.errors import TrainingError
+from rlhf.models import adapt
 from rlhf.reward import losses
 from rlhf.reward.rows import Pairs, Ratings, ranking_dataset, rating_dataset
+from rlhf.training import processes, supervised
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rlhf.config import Reward
+    from rlhf.config.pipeline import Reward
     from rlhf.context import Context
 
 log = logging.getLogger(__name__)
 
 
-class Trainer(training.PipelineTrainer, RewardTrainer):  # type: ignore[misc]
+class Trainer(supervised.PipelineTrainer, RewardTrainer):  # type: ignore[misc]
     """TRL's trainer with an order of rows that can be resumed, losses checked, and both objectives."""
 
     loss_is_scaled_for_ga = True  # compute_loss divides by what the whole batch has
@@ -109,7 +110,7 @@ def make_trainer(
         dataset, collate = rating_dataset(train, model.config.rating_mean, model.config.rating_std), collate_ratings
     trainer = Trainer(
         model=adapt.add_lora(model, lora, context.config.model.lora_alpha) if lora else model,
-        args=training.training_arguments(
+        args=supervised.training_arguments(
             RewardConfig,
             section,
             context,
@@ -178,8 +179,12 @@ def collate_ratings(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[s
 
 def _texts(rows: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, Tensor]:
     texts = list(chain.from_iterable(row["texts"] for row in rows)) or [[1 if pad_token_id == 0 else 0]]
-    mask = training.padded([[1] * len(text) for text in texts], 0)
-    return {"input_ids": training.padded(texts, pad_token_id), "attention_mask": mask, "rows": torch.tensor(len(rows))}
+    mask = supervised.padded([[1] * len(text) for text in texts], 0)
+    return {
+        "input_ids": supervised.padded(texts, pad_token_id),
+        "attention_mask": mask,
+        "rows": torch.tensor(len(rows)),
+    }
 
 
 def with_pad_that_ends_no_text(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -103,7 +103,7 @@ def _load(kind: str, path: str) -> Loaded:
     import transformers
 
     from rlhf.errors import ModelError
-    from rlhf.scoring import usable_length
+    from rlhf.models.score_input import usable_length
 
     with torch.random.fork_rng(devices=[]):  # a model that loads late must not move the draws of a training
         try:

@@ -15,8 +15,8 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from rlhf.errors import ConfigError, RewardError
-from rlhf.locations import expanded
 from rlhf.rewards import registry
+from rlhf.store.locations import expanded
 
 RewardFunction = Callable[..., Sequence[float]]
 _sources: dict[str, bytes] = {}  # of the files that are loaded, by the name of the module

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.errors import RewardError
+from rlhf.models.score_input import score_token_ids, usable_length
 from rlhf.rewards.functions import describe_row
-from rlhf.scoring import score_token_ids, usable_length
 
 
 @dataclass(frozen=True)

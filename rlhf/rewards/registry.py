@@ -114,7 +114,7 @@ def is_builtin(name: str) -> bool:
 
 
 def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing; without what ``rlhf.explain`` imports."""
+    """``"; did you mean 'x'?"``, or nothing; without what ``rlhf.config.explain`` imports."""
     close = get_close_matches(word.lower(), list(words), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 

@@ -30,7 +30,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rlhf.runs import read_runs
+from rlhf.runs.records import read_runs
 from tests.team.conftest import Up, started
 
 SETTINGS = ("resources.threads=1",)

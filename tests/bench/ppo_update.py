@@ -29,7 +29,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, LlamaConfig
 
-from rlhf import adapt
+from rlhf.models import adapt
 from rlhf.ppo import Policy, Prompts, Settings, Trainer, ValueModel
 from rlhf.ppo.policy import zero_head
 from rlhf.ppo.rollout import Rollout, per_token

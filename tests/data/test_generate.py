@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlhf.demo import gold_score
-from rlhf.locations import demo_data_directory
+from rlhf.store.locations import demo_data_directory
 
 DATA = Path(__file__).parents[2] / "data"
 FACTS = ("who", "what", "where", "when")

@@ -21,7 +21,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from rlhf.runs import read_runs
+from rlhf.runs.records import read_runs
 from tests.faults import workload
 from tests.faults.report import Outcome
 from tests.team.conftest import Up, started, wait_for

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlhf.config import PipelineConfig
+from rlhf.config.pipeline import PipelineConfig
 
 REWARDS = """import hashlib, os, time
 

@@ -12,11 +12,12 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.cli import main
-from rlhf import champion, contest
-from rlhf.artifacts import Store
-from rlhf.champion import Considered, Contender
-from rlhf.gate import Figures, Pair
-from rlhf.runs import RunRecord, read_runs
+from rlhf.champions import contest
+from rlhf.champions import history as champion
+from rlhf.champions.gate import Figures, Pair
+from rlhf.champions.history import Considered, Contender
+from rlhf.runs.records import RunRecord, read_runs
+from rlhf.store.artifacts import Store
 from tasks.mlflow_server import default_uri
 from tests.rlhf.projects import good
 

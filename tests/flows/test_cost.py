@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.artifacts import Store, read_manifest
-from rlhf.runs import read_runs
+from rlhf.runs.records import read_runs
+from rlhf.store.artifacts import Store, read_manifest
 from tasks.journal import PARENT, operations
 
 Rlhf = Callable[..., tuple[int, str, str]]

@@ -18,9 +18,9 @@ from typing import Any
 
 import pytest
 
-from rlhf.settings import load
+from rlhf.config.load import load
 from rlhf.stages import STAGES
-from rlhf.tracker import read_journal
+from rlhf.tracking.tracker import read_journal
 
 ROOT = Path(__file__).parents[2]
 # Enough steps that a kill falls between two checkpoints.

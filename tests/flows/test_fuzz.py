@@ -16,8 +16,8 @@ import yaml
 from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 
-from rlhf.config import PipelineConfig
-from rlhf.schema import Section
+from rlhf.config.fields import Section
+from rlhf.config.pipeline import PipelineConfig
 
 Rlhf = Callable[..., tuple[int, str, str]]
 # What draws from it is a thread of Prefect's, which a test before this one has started.

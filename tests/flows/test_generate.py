@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf import models
-from rlhf.artifacts import Store, make_manifest
-from rlhf.config import PipelineConfig
-from rlhf.data.tokens import train_tokenizer
-from rlhf.generate import Sampling, respond, scorers
-from rlhf.plan import Planner
-from rlhf.policies import MODELS, Place
-from rlhf.random_weights import random_model
-from rlhf.runs import RunRecord
-from rlhf.settings import load
+from rlhf.cache.plan import Planner
+from rlhf.config.load import load
+from rlhf.config.pipeline import PipelineConfig
+from rlhf.models import loading
+from rlhf.prepare.random_weights import random_model
+from rlhf.prepare.tokens import train_tokenizer
+from rlhf.runs.generate import Sampling, respond, scorers
+from rlhf.runs.policies import MODELS, Place
+from rlhf.runs.records import RunRecord
+from rlhf.store.artifacts import Store, make_manifest
 from tasks.journal import RunJournal
 from tasks.mlflow_server import default_uri
 from tasks.mlflow_sync import ship
@@ -78,9 +78,9 @@ def publish(config: PipelineConfig, store: Store) -> dict[str, str]:
         out.mkdir(parents=True)
         if stage in MODELS:
             policy = out / MODELS[stage]
-            models.save(random_model(config.model, tokenizer), tokenizer, policy)
+            loading.save(random_model(config.model, tokenizer), tokenizer, policy)
             if stage == "reward":
-                models.save(models.reward_from_policy(policy), tokenizer, policy)
+                loading.save(loading.reward_from_policy(policy), tokenizer, policy)
         for part in ("demonstrations", "preferences", "prompts"):
             (out / part).write_text(stage)
         known[stage] = make_manifest(
@@ -107,7 +107,7 @@ def test_all_policies_of_a_pipeline_answer_the_prompts_as_they_are(rlhf: Rlhf, d
     assert found["sampling"] == {"max_new_tokens": 8, "temperature": 0.0, "seed": 0}
     assert found["notes"] == [f"score fact: left out, as the prompts have no fact ({tmp_path}/rewards.py:wants_fact)"]
     for name, path in found["policies"].items():
-        model, tokenizer = models.load_policy(path), models.load_tokenizer(path)
+        model, tokenizer = loading.load_policy(path), loading.load_tokenizer(path)
         for sample in found["samples"]:
             ids = tokenizer(sample["prompt"], return_tensors="pt")["input_ids"]
             greedy = {"max_new_tokens": 8, "do_sample": False}

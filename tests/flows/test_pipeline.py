@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from rlhf import champion
-from rlhf.champion import Contender
-from rlhf.settings import load
+from rlhf.champions import history as champion
+from rlhf.champions.history import Contender
+from rlhf.config.load import load
 from rlhf.stages import STAGES
 
 Rlhf = Callable[..., tuple[int, str, str]]
@@ -92,7 +92,7 @@ def test_a_changed_value_runs_its_stage_and_what_follows(done: Rlhf, calls: list
 def test_another_version_of_a_library_runs_the_stages_that_use_it(
     done: Rlhf, monkeypatch: pytest.MonkeyPatch, library: str, stages: list[str]
 ) -> None:
-    monkeypatch.setattr("rlhf.plan._version", lambda name: "0.1" if name == library else version(name))
+    monkeypatch.setattr("rlhf.cache.plan._version", lambda name: "0.1" if name == library else version(name))
     rows = plan(done)
     named = [stage for stage, row in rows.items() if any(f"library {library}" in reason for reason in row["reasons"])]
     assert named == stages

@@ -27,9 +27,9 @@ from transformers import (
     T5Config,
 )
 
-from rlhf import models
-from rlhf.data.tokens import train_tokenizer
-from rlhf.settings import load, presets
+from rlhf.config.load import load, presets
+from rlhf.models import loading
+from rlhf.prepare.tokens import train_tokenizer
 
 TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}"
@@ -87,7 +87,7 @@ def tiny(kind: str, folder: Path) -> str:
     family = AutoModel if made.eos_token is None else AutoModelForSeq2SeqLM if kind == "t5" else AutoModelForCausalLM
     if kind == "llama":
         made.chat_template = TEMPLATE
-    models.save(family.from_config(config), made, folder / kind)
+    loading.save(family.from_config(config), made, folder / kind)
     return str(folder / kind)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from flows.project import PROJECT, enter_project
+from rlhf.cache.fingerprint import function_file
 from rlhf.errors import ConfigError
-from rlhf.fingerprint import function_file
 
 
 @pytest.fixture(autouse=True)

@@ -17,12 +17,12 @@ from prefect.states import Completed
 
 from flows import retrain
 from flows.retrain import Approval
-from rlhf import champion
-from rlhf.champion import Contender
-from rlhf.config import PipelineConfig
+from rlhf.champions import history as champion
+from rlhf.champions.gate import Condition, Figures, Verdict
+from rlhf.champions.history import Contender
+from rlhf.config.load import load
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import DataError
-from rlhf.gate import Condition, Figures, Verdict
-from rlhf.settings import load
 from tasks import registry
 
 OLD = Contender("old", {"ppo": "o"})
@@ -60,8 +60,8 @@ class World:
         for name, value in replaced.items():
             monkeypatch.setattr(retrain, name, value)
         monkeypatch.setattr(registry, "tell", lambda *_: True)
-        monkeypatch.setattr("rlhf.contest.hold", self._hold)
-        monkeypatch.setattr("rlhf.gate.judged", self._judged)
+        monkeypatch.setattr("rlhf.champions.contest.hold", self._hold)
+        monkeypatch.setattr("rlhf.champions.gate.judged", self._judged)
         monkeypatch.setenv("RLHF_USER", "worker")
 
     def _hold(self, config: PipelineConfig, store: Any, candidate: Contender, holder: Contender | None) -> Figures:
@@ -119,7 +119,7 @@ def test_a_refusal_changes_no_champion(world: World) -> None:
 
 def test_the_champion_once_more_is_nothing_new(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     champion.promote(world.home, "demo", OLD, over=None, who="ann", why=())
-    monkeypatch.setattr("rlhf.contest.hold", lambda *_: None)
+    monkeypatch.setattr("rlhf.champions.contest.hold", lambda *_: None)
     state = world.run()
     assert state.name == retrain.NOTHING_NEW
     assert "the policy of run r1 is that of the champion, run old" in state.message

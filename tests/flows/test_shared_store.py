@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from rlhf import shared_store
-from rlhf.artifacts import Store
-from rlhf.shared_store import SharedStore
 from rlhf.stages import STAGES
+from rlhf.store import shared as shared_store
+from rlhf.store.artifacts import Store
+from rlhf.store.shared import SharedStore
 
 Rlhf = Callable[..., tuple[int, str, str]]
 ALL = list(STAGES)

@@ -6,9 +6,9 @@ import json
 import sys
 from pathlib import Path
 
-from rlhf.config import PipelineConfig
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.context import Context
-from rlhf.tracker import NullTracker
+from rlhf.tracking.tracker import NullTracker
 from tasks import launch
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 from flows.cli import main
 from rlhf.context import Context
-from rlhf.locations import home_directory
-from rlhf.runs import RECORD
+from rlhf.runs.records import RECORD
 from rlhf.stages import STAGES
+from rlhf.store.locations import home_directory
 
 PLAN = "RLHF_TEST_SLEEPS"
 PARTS = {

@@ -18,7 +18,7 @@ import pytest
 from flows.deployments import POOL, apply
 from flows.heartbeats import ALIVE_HEARTBEATS, FOUND, HEARTBEAT_SECONDS, LOST, SERVER_ENVIRONMENT, look_after_runs
 from flows.server import free_port
-from rlhf.config import PipelineConfig
+from rlhf.config.pipeline import PipelineConfig
 from tests.faults import workload
 from tests.team.conftest import Up, wait_for
 from tests.team.postgres import needs_postgres, postgres

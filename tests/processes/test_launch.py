@@ -20,14 +20,15 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rlhf import checkpoints, models
-from rlhf.config import PipelineConfig
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.context import Context
-from rlhf.data.tokens import train_tokenizer
 from rlhf.errors import ConfigError, DataError, RewardError
+from rlhf.models import loading
 from rlhf.ppo import stage
-from rlhf.random_weights import random_model
-from rlhf.tracker import Entry, NullTracker, Progress, read_journal
+from rlhf.prepare.random_weights import random_model
+from rlhf.prepare.tokens import train_tokenizer
+from rlhf.store import checkpoints
+from rlhf.tracking.tracker import Entry, NullTracker, Progress, read_journal
 from tasks import launch
 from tasks.messages import decode, encode
 
@@ -62,7 +63,7 @@ def make_ppo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., C
         )
         tokenizer = train_tokenizer(WORDS, 260, 32)
         torch.manual_seed(0)
-        models.save(random_model(config.model, tokenizer), tokenizer, tmp_path / "sft/model")
+        loading.save(random_model(config.model, tokenizer), tokenizer, tmp_path / "sft/model")
         path = tmp_path / "prepare/prompts/train.parquet"
         path.parent.mkdir(parents=True)
         schema = pa.schema([("prompt", pa.string())])

@@ -18,7 +18,7 @@ import pytest
 from playwright.sync_api import Page, sync_playwright
 
 from flows.server import free_port
-from rlhf.runs import read_runs
+from rlhf.runs.records import read_runs
 from tasks.mlflow_server import VIEW, default_uri
 from tasks.mlflow_sync import Shipped
 from tasks.tracking import COLUMNS

@@ -17,7 +17,7 @@ import httpx
 import psutil
 import pytest
 
-from rlhf.runs import read_runs
+from rlhf.runs.records import read_runs
 from tests.processes.sleeping import PLAN, sleeps
 from tests.rlhf.projects import good
 from tests.team.conftest import wait_for

@@ -16,12 +16,12 @@ import torch
 from tokenizers import Tokenizer
 from transformers import BertConfig, PreTrainedTokenizerFast
 
-from rlhf import models
-from rlhf.config import PipelineConfig
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.context import Context
-from rlhf.random_weights import random_model
-from rlhf.stopping import Stop
-from rlhf.tracker import Entry, JournalTracker, Tracker, read_journal
+from rlhf.models import loading
+from rlhf.prepare.random_weights import random_model
+from rlhf.tracking.stopping import Stop
+from rlhf.tracking.tracker import Entry, JournalTracker, Tracker, read_journal
 
 WORDS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen"]
 SMALL: dict[str, Any] = {"batch_size": 8, "learning_rate": 1e-2, "log_every": 2, "checkpoint_every": 2, "epochs": 2}
@@ -132,7 +132,7 @@ class Toy:
 
 @pytest.fixture(scope="session")
 def _inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from rlhf.data.tokens import train_tokenizer
+    from rlhf.prepare.tokens import train_tokenizer
 
     torch.set_num_threads(1)
     shared = tmp_path_factory.mktemp("inputs")
@@ -151,7 +151,7 @@ def _inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = Toy(shared, shared / "unused").context("sft").config
     for name in ("prepare/base", "sft/model"):  # both untrained, but not the same
         torch.manual_seed(len(name))
-        models.save(random_model(config.model, tokenizer), tokenizer, shared / name)
+        loading.save(random_model(config.model, tokenizer), tokenizer, shared / name)
     return shared
 
 
@@ -186,7 +186,7 @@ class TinyBert:
             for parameter in model.parameters():
                 parameter.mul_(5.0)
         path = self._directory / f"bert{sum(1 for _ in self._directory.glob('bert*'))}"
-        models.save(model, self.tokenizer, path)
+        loading.save(model, self.tokenizer, path)
         return path
 
 

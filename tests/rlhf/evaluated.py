@@ -16,11 +16,11 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from rlhf import evaluate
-from rlhf.config import PipelineConfig
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.context import Context
-from rlhf.evaluate import files
-from rlhf.tracker import NullTracker
+from rlhf.evaluate import output
+from rlhf.evaluate import stage as evaluate
+from rlhf.tracking.tracker import NullTracker
 
 PROMPTS = 24
 WORDS = ["the", "gym", "is", "closed", "on", "monday", "because", "of", "a", "leak", "so", "please", "use", "noon"]
@@ -131,7 +131,7 @@ class Ran:
         seen.clear()
         with pytest.MonkeyPatch.context() as patch:
             if not draw:
-                patch.setattr(files, "_draw", lambda *args: None)
+                patch.setattr(output, "_draw", lambda *args: None)
             self.finals = evaluate.run(made)
         self.out = made.out
         self.report = json.loads((made.out / "report.json").read_text())

@@ -10,9 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlhf.artifacts import Store, make_manifest
-from rlhf.plan import key_of
-from rlhf.runs import RunRecord
+from rlhf.cache.plan import key_of
+from rlhf.runs.records import RunRecord
+from rlhf.store.artifacts import Store, make_manifest
 
 CONFIG = {
     "seed": 1,

@@ -13,11 +13,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlhf.artifacts import Manifest
-from rlhf.config import PipelineConfig
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.report import Sources, words
-from rlhf.runs import RunRecord
-from rlhf.tracker import JournalTracker
+from rlhf.runs.records import RunRecord
+from rlhf.store.artifacts import Manifest
+from rlhf.tracking.tracker import JournalTracker
 
 N = 40
 STAGES = ("prepare", "sft", "judge", "reward", "ppo", "evaluate")

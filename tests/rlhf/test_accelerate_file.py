@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from accelerate.commands.config.config_args import ClusterConfig
 
-from rlhf.accelerate_file import check_file
-from rlhf.artifacts import Store
-from rlhf.config import Resources
+from rlhf.cache.plan import Planner, key_of
+from rlhf.config.accelerate_file import check_file
+from rlhf.config.load import load
+from rlhf.config.pipeline import Resources
 from rlhf.errors import ConfigError
-from rlhf.plan import Planner, key_of
-from rlhf.settings import load
+from rlhf.store.artifacts import Store
 from tests.rlhf.projects import good
 
 FILE = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n"

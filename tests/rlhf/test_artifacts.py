@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.artifacts import JOURNAL, FileHashes, Manifest, Store, make_manifest, verify
 from rlhf.errors import ArtifactError
-from rlhf.locks import locked
+from rlhf.store.artifacts import JOURNAL, FileHashes, Manifest, Store, make_manifest, verify
+from rlhf.store.locks import locked
 
 
 def publish(store: Store, key: str = "k1", stage: str = "sft", content: str = "weights") -> Manifest:
@@ -96,7 +96,7 @@ def test_a_copy_with_other_times_is_hashed_once(store: Store, monkeypatch: pytes
     manifest = publish(store)
     os.utime(store.path("sft", "k1") / "model" / "weights.bin")
     assert verify(store.path("sft", "k1")) == manifest
-    monkeypatch.setattr("rlhf.artifacts.sha256_file", lambda path: pytest.fail("hashed again"))
+    monkeypatch.setattr("rlhf.store.artifacts.sha256_file", lambda path: pytest.fail("hashed again"))
     assert verify(store.path("sft", "k1")) == manifest
 
 
@@ -152,7 +152,7 @@ def test_file_hashes_are_remembered_until_the_file_changes(tmp_path: Path, monke
     first = hashes.of(file)
     hashes.save()
     with monkeypatch.context() as patch:
-        patch.setattr("rlhf.artifacts.sha256_file", lambda path: pytest.fail("hashed again"))
+        patch.setattr("rlhf.store.artifacts.sha256_file", lambda path: pytest.fail("hashed again"))
         assert FileHashes(tmp_path / "home").of(file) == first
     file.write_text("b")
     assert FileHashes(tmp_path / "home").of(file) != first

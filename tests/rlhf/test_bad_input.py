@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import settings
+from rlhf.config import load as settings
 from rlhf.context import Context
 from rlhf.errors import InputError
-from rlhf.prepare import run
-from rlhf.tracker import NullTracker
+from rlhf.prepare.stage import run
+from rlhf.tracking.tracker import NullTracker
 from tests.rlhf.bad_input_cases import CASES
 from tests.rlhf.projects import Case, good
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from rlhf import champion
-from rlhf.artifacts import Manifest, Store
-from rlhf.champion import Considered, Contender, news
+from rlhf.cache.plan import StagePlan
+from rlhf.champions import history as champion
+from rlhf.champions.history import Considered, Contender, news
 from rlhf.errors import ArtifactError, ConfigError
-from rlhf.plan import StagePlan
+from rlhf.store.artifacts import Manifest, Store
 
 
 def contender(name: str, **keys: str) -> Contender:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import checkpoints
-from rlhf.hashing import manifest_of
+from rlhf.store import checkpoints
+from rlhf.store.hashing import manifest_of
 
 
 def write(path: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rlhf import settings
-from rlhf.config import PipelineConfig
-from rlhf.schema import Section
+from rlhf.config import load as settings
+from rlhf.config.fields import Section
+from rlhf.config.pipeline import PipelineConfig
 
 GOOD: dict[str, Any] = {
     "data": {"demonstrations": "a.jsonl", "preferences": "b.jsonl"},

@@ -12,14 +12,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from rlhf import contest, evaluate, gate, models
-from rlhf.artifacts import Store, make_manifest
-from rlhf.champion import Contender
-from rlhf.config import PipelineConfig
+from rlhf.champions import contest, gate
+from rlhf.champions.gate import Figures, Pair
+from rlhf.champions.history import Contender
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.context import Context
-from rlhf.evaluate import files
-from rlhf.gate import Figures, Pair
-from rlhf.tracker import NullTracker
+from rlhf.evaluate import output
+from rlhf.evaluate import stage as evaluate
+from rlhf.models import loading
+from rlhf.store.artifacts import Store, make_manifest
+from rlhf.tracking.tracker import NullTracker
 from tests.rlhf.conftest import Toy, demonstrations
 
 REWARDS = """
@@ -39,7 +41,7 @@ class Arena:
         self._toy = toy
         self.file = toy.directory / "mine.py"
         self.file.write_text(REWARDS)
-        monkeypatch.setattr(files, "_draw", lambda *args: None)
+        monkeypatch.setattr(output, "_draw", lambda *args: None)
 
     def config(self, **sections: Any) -> PipelineConfig:
         scorers = {"short": f"{self.file}:short", "other": f"{self.file}:other"}
@@ -84,15 +86,15 @@ class Arena:
                 pq.write_table(pa.Table.from_pylist(rows), out / "prompts" / "test.parquet")
         elif stage == "ppo":
             torch.manual_seed(seed)
-            model = models.load_policy(sft)
+            model = loading.load_policy(sft)
             with torch.no_grad():
                 for weight in model.parameters():
                     weight += 0.1 * torch.randn_like(weight)
-            models.save(model, models.load_tokenizer(sft), out / "model")
+            loading.save(model, loading.load_tokenizer(sft), out / "model")
         else:
             for number, part in enumerate(("model", "held_out")):
                 torch.manual_seed(number)
-                models.save(models.reward_from_policy(sft), models.load_tokenizer(sft), out / part)
+                loading.save(loading.reward_from_policy(sft), loading.load_tokenizer(sft), out / part)
         known = {name: value for name, value in metrics.items() if value is not None}
         self.store.publish(out, make_manifest(out, stage=stage, key=key, ingredients={}, metrics=known))
 

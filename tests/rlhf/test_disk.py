@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf import computing, disk, sft
 from rlhf.errors import StorageError
+from rlhf.sft import stage as sft
+from rlhf.store import disk
+from rlhf.training import computing
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from rlhf import adapt, models, sft
-from rlhf.config import Dtype, PipelineConfig
+from rlhf.config.pipeline import Dtype, PipelineConfig
+from rlhf.models import adapt, loading
+from rlhf.sft import stage as sft
 from rlhf.stages import STAGES
 
 LORA = {"lora_rank": 2, "dtype": "bfloat16"}
@@ -25,27 +26,27 @@ def base(toy: Any) -> Path:
 
 @pytest.fixture
 def reward(base: Path, tmp_path: Path) -> Path:
-    models.save(models.reward_from_policy(base), models.load_tokenizer(base), tmp_path / "reward")
+    loading.save(loading.reward_from_policy(base), loading.load_tokenizer(base), tmp_path / "reward")
     return tmp_path / "reward"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_models_are_loaded_in_a_type_and_the_score_is_float32(base: Path, reward: Path, dtype: Dtype) -> None:
     expected = getattr(torch, dtype)
-    assert {p.dtype for p in models.load_policy(base, dtype=dtype).parameters()} == {expected}
+    assert {p.dtype for p in loading.load_policy(base, dtype=dtype).parameters()} == {expected}
     for model in (
-        models.load_reward_model(reward, dtype=dtype),
-        models.value_model_from(base, reward, dtype=dtype),
-        models.value_model_from(base, dtype=dtype),
+        loading.load_reward_model(reward, dtype=dtype),
+        loading.value_model_from(base, reward, dtype=dtype),
+        loading.value_model_from(base, dtype=dtype),
     ):
         assert {p.dtype for p in model.base_model.parameters()} == {expected}
-        assert models.score_head(model).weight.dtype == torch.float32
-    found = models.load_reward_model(reward, dtype=dtype)(IDS).logits  # by the model's own forward pass
+        assert loading.score_head(model).weight.dtype == torch.float32
+    found = loading.load_reward_model(reward, dtype=dtype)(IDS).logits  # by the model's own forward pass
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found, models.load_reward_model(reward)(IDS).logits, rtol=0.05, atol=0.02)
+    torch.testing.assert_close(found, loading.load_reward_model(reward)(IDS).logits, rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("load", [models.load_policy, models.reward_from_policy])
+@pytest.mark.parametrize("load", [loading.load_policy, loading.reward_from_policy])
 def test_adapters_are_float32_and_merge_without_rounding(base: Path, load: Any) -> None:
     adapted = adapt.add_lora(load(base, dtype="bfloat16"), 2, 8.0)
     learning = [p for p in adapted.parameters() if p.requires_grad]
@@ -77,7 +78,7 @@ def test_sft_with_a_base_in_bf16_learns_and_resumes_bit_identically(toy: Any) ->
     assert sft.run(again) == finals
     saved = [(c.out / "model/model.safetensors").read_bytes() for c in (whole, again)]
     assert saved[0] == saved[1]
-    assert {p.dtype for p in models.load_policy(again.out / "model").parameters()} == {torch.float32}
+    assert {p.dtype for p in loading.load_policy(again.out / "model").parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from rlhf import evaluate
 from rlhf.errors import ConfigError, DataError, RewardError
+from rlhf.evaluate import stage as evaluate
 from tests.rlhf.evaluated import PROMPTS, Ran, config, context, make_inputs, pairs_of, prepared, seen
 
 HERE = "tests.rlhf.evaluated"

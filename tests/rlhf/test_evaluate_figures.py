@@ -14,11 +14,12 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from rlhf import intervals, metrics
+from rlhf import metrics
 from rlhf.evaluate import answers, figures
 from rlhf.evaluate.figures import Corpus
 from rlhf.ppo import rollout
 from rlhf.ppo.rollout import Rollout
+from rlhf.statistics import intervals
 from tests.rlhf.evaluated import PROMPTS, Ran, config, context, make_inputs, pairs_of, prepared
 
 HERE = "tests.rlhf.evaluated"

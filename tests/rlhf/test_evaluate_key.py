@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from rlhf import plan, settings
-from rlhf.artifacts import Store
-from rlhf.config import PipelineConfig
+from rlhf.cache import plan
+from rlhf.cache.plan import Planner
+from rlhf.config import load as settings
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import ConfigError
-from rlhf.plan import Planner
+from rlhf.store.artifacts import Store
 
 JUDGE = "def editor(prompts, firsts, seconds, **columns):\n    return [{} for _ in prompts]\n"
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from rlhf import fingerprint
-from rlhf.config import PipelineConfig
+from rlhf.cache import fingerprint
+from rlhf.cache.fingerprint import WITHOUT_NUMBERS, code_fingerprint, function_file, import_closure
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import ConfigError
-from rlhf.fingerprint import WITHOUT_NUMBERS, code_fingerprint, function_file, import_closure
 from rlhf.stages import STAGES, stage_modules
 
 CODE = '''"""Module."""

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf.gate import Figures, Pair, Verdict, judged
-from rlhf.promotion import Promotion
+from rlhf.champions.gate import Figures, Pair, Verdict, judged
+from rlhf.config.promotion import Promotion
 
 UP = np.tile([0.9, 1.1], 20)  # 40 differences with mean 1
 ZERO = np.zeros(40)

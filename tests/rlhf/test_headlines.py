@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf import headlines
+from rlhf.runs import headlines
 
 METRICS = {
     "evaluate/sft/words": -0.2, "evaluate/sft/words_low": -0.26, "evaluate/sft/words_high": -0.14,

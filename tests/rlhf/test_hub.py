@@ -11,9 +11,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from rlhf import hub, models
 from rlhf.errors import ModelError
-from rlhf.random_weights import random_model
+from rlhf.models import loading
+from rlhf.prepare.random_weights import random_model
+from rlhf.store import hub
 
 COMMIT = "0123456789abcdef" * 2 + "01234567"
 UNREACHABLE = "http://127.0.0.1:9"  # nothing listens there
@@ -48,18 +49,18 @@ def test_the_cache_knows_a_commit_that_the_hub_does_not_give(folder: Path) -> No
 
 
 def test_a_model_of_the_cache_loads_without_the_hub(folder: Path, toy: object, tmp_path: Path) -> None:
-    from rlhf.config import Model
+    from rlhf.config.pipeline import Model
 
-    tokenizer = models.load_tokenizer(toy.shared / "prepare/base")  # type: ignore[attr-defined]
+    tokenizer = loading.load_tokenizer(toy.shared / "prepare/base")  # type: ignore[attr-defined]
     size = {"layers": 1, "width": 16, "heads": 2, "context": 48, "vocab_size": 270}
     model = random_model(Model(init="random", **size), tokenizer)
-    models.save(model, tokenizer, cached(folder))
-    loaded = models.load_policy("some/model")
+    loading.save(model, tokenizer, cached(folder))
+    loaded = loading.load_policy("some/model")
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
-    assert models.load_tokenizer("some/model").get_vocab() == tokenizer.get_vocab()
+    assert loading.load_tokenizer("some/model").get_vocab() == tokenizer.get_vocab()
     (folder / "snapshots" / COMMIT / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="the hub did not answer; looked in its cache folder"):
-        models.load_policy("some/model")
+        loading.load_policy("some/model")
 
 
 @pytest.mark.parametrize("command", ["plan", "validate", "run"])

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rlhf import intervals, metrics
+from rlhf import metrics
+from rlhf.statistics import intervals
 
 CAT = "the cat sat on the mat"
 SURE = {"confidence": 0.95, "resamples": 400, "seed": 0}

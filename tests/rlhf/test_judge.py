@@ -11,11 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf import judge, prepare, settings
+from rlhf.config import load as settings
 from rlhf.context import Context
 from rlhf.errors import DataError
-from rlhf.judge.agreement import agreement, annotators_report
-from rlhf.tracker import NullTracker
+from rlhf.judge import stage as judge
+from rlhf.prepare import stage as prepare
+from rlhf.statistics.agreement import agreement, annotators_report
+from rlhf.tracking.tracker import NullTracker
 from tests.rlhf.projects import good
 
 

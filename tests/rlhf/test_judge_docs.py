@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any, get_args
 
-from rlhf import settings
-from rlhf.config import Judge
+from rlhf.config import load as settings
+from rlhf.config.pipeline import Judge
 from rlhf.judge.judges import ByComparison
 
 DOCS = Path(__file__).parents[2] / "docs" / "judge.md"

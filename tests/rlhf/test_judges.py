@@ -11,16 +11,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf import judge, prepare
-from rlhf.config import PipelineConfig
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.context import Context
-from rlhf.data.settle import split_of
-from rlhf.data.sources import SPLITS
 from rlhf.errors import DataError, RewardError
-from rlhf.judge.agreement import with_people
+from rlhf.judge import stage as judge
 from rlhf.judge.candidates import Group, judged
 from rlhf.judge.judges import ByComparison, ByScore, Judge, Judged
-from rlhf.tracker import NullTracker
+from rlhf.prepare import stage as prepare
+from rlhf.prepare.settle import split_of
+from rlhf.prepare.sources import SPLITS
+from rlhf.statistics.agreement import with_people
+from rlhf.tracking.tracker import NullTracker
 
 OFF: dict[str, Any] = dict.fromkeys(("sft", "reward", "ppo", "evaluate"), "off")
 MODEL = {"init": "random", "layers": 1, "width": 16, "heads": 2, "vocab_size": 300, "context": 128}

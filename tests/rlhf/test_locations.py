@@ -6,13 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from rlhf import locations
 from rlhf.errors import ConfigError, DataError
-from rlhf.locations import data_path, demo_data_directory, expanded, home_directory, matching_files, named_by_argument
+from rlhf.store import locations
+from rlhf.store.locations import (
+    data_path,
+    demo_data_directory,
+    expanded,
+    home_directory,
+    matching_files,
+    named_by_argument,
+)
 
 
 def test_demo_data_of_an_installed_package_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locations, "__file__", str(tmp_path / "rlhf" / "locations.py"))
+    monkeypatch.setattr(locations, "__file__", str(tmp_path / "rlhf" / "store" / "locations.py"))
     assert demo_data_directory() == tmp_path / "data"
     (tmp_path / "rlhf" / "demo_data").mkdir(parents=True)
     assert demo_data_directory() == tmp_path / "rlhf" / "demo_data"

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from rlhf.locks import is_locked, lock, locked, try_lock, unlock
+from rlhf.store.locks import is_locked, lock, locked, try_lock, unlock
 
 HOLD = """
 import sys, time

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU
 
-from rlhf import intervals, metrics
+from rlhf import metrics
+from rlhf.statistics import intervals
 
 TEXTS = st.lists(st.lists(st.sampled_from("abc.,"), min_size=1, max_size=8).map(" ".join), min_size=2, max_size=6)
 

@@ -23,12 +23,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from rlhf import adapt, models
 from rlhf.errors import ModelError
+from rlhf.models import adapt, loading
 from rlhf.ppo.checks import check_policy
 from rlhf.ppo.policy import Policy
-from rlhf.random_weights import random_model
-from rlhf.sft import response_loss
+from rlhf.prepare.random_weights import random_model
+from rlhf.sft.stage import response_loss
 
 CAUSAL = ["gpt2", "gpt_bigcode", "llama", "falcon"]
 ARCHITECTURES = [*CAUSAL, "t5"]
@@ -51,7 +51,7 @@ def make_model(architecture: str, tokenizer: PreTrainedTokenizerFast, seed: int 
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A policy's directory."""
     tokenizer = make_tokenizer()
-    models.save(make_model(request.param, tokenizer), tokenizer, tmp_path / "policy")
+    loading.save(make_model(request.param, tokenizer), tokenizer, tmp_path / "policy")
     return tmp_path / "policy"
 
 
@@ -83,7 +83,7 @@ def test_random_weights_come_from_the_callers_seed(architecture: str) -> None:
 
 # --------------------------------------------------------------------------------------------------------- loaded
 def test_a_policy_loads_back_bit_for_bit(saved: Path) -> None:
-    model = models.load_policy(saved)
+    model = loading.load_policy(saved)
     expected = make_model(model.config.model_type, make_tokenizer()).state_dict()
     assert all(torch.equal(weight, expected[name]) for name, weight in model.state_dict().items())
     names = {path.name for path in saved.iterdir()}
@@ -92,39 +92,39 @@ def test_a_policy_loads_back_bit_for_bit(saved: Path) -> None:
 
 
 def test_half_precision_weights_are_loaded_as_float32(saved: Path, tmp_path: Path) -> None:
-    models.save(models.load_policy(saved).half(), make_tokenizer(), tmp_path / "half")
-    assert {p.dtype for p in models.load_policy(tmp_path / "half").parameters()} == {torch.float32}
+    loading.save(loading.load_policy(saved).half(), make_tokenizer(), tmp_path / "half")
+    assert {p.dtype for p in loading.load_policy(tmp_path / "half").parameters()} == {torch.float32}
 
 
 def test_a_new_reward_model_is_the_policys_trunk_with_a_random_head(saved: Path) -> None:
     torch.manual_seed(0)
-    model, policy = models.reward_from_policy(saved), models.load_policy(saved)
+    model, policy = loading.reward_from_policy(saved), loading.load_policy(saved)
     trunk = policy.base_model.state_dict()
     assert all(torch.equal(weight, trunk[name]) for name, weight in model.base_model.state_dict().items())
     assert model.config.num_labels == 1
-    heads = torch.cat([models.score_head(models.reward_from_policy(saved)).weight for _ in range(20)])
+    heads = torch.cat([loading.score_head(loading.reward_from_policy(saved)).weight for _ in range(20)])
     assert heads.std().item() == pytest.approx(17**-0.5, rel=0.15)
     assert heads.mean().item() == pytest.approx(0.0, abs=0.05)
 
 
 def test_a_value_model_starts_from_the_reward_model_where_it_reads_the_same_tokens(saved: Path, tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
-    reward = models.reward_from_policy(saved)
+    reward = loading.reward_from_policy(saved)
     reward.config.score_mean = 0.75
-    models.save(reward, tokenizer, tmp_path / "reward")
-    value = models.value_model_from(saved, tmp_path / "reward")
+    loading.save(reward, tokenizer, tmp_path / "reward")
+    value = loading.value_model_from(saved, tmp_path / "reward")
     assert all(torch.equal(w, value.state_dict()[n]) for n, w in reward.state_dict().items())
     assert value.config.score_mean == 0.75
 
     other = "llama" if reward.config.model_type == "gpt2" else "gpt2"
     shorter = {"shorter": make_model(reward.config.model_type, tokenizer, context=16)}
     for name, model in ({"other": make_model(other, tokenizer)} | shorter).items():
-        models.save(model, tokenizer, tmp_path / name)
-        models.save(models.reward_from_policy(tmp_path / name), tokenizer, tmp_path / f"{name}-reward")
-        value = models.value_model_from(saved, tmp_path / f"{name}-reward")
+        loading.save(model, tokenizer, tmp_path / name)
+        loading.save(loading.reward_from_policy(tmp_path / name), tokenizer, tmp_path / f"{name}-reward")
+        value = loading.value_model_from(saved, tmp_path / f"{name}-reward")
         assert value.config.model_type == reward.config.model_type
         assert value.config.max_position_embeddings == 32
-        assert not models.score_head(value).weight.any()
+        assert not loading.score_head(value).weight.any()
 
 
 def test_another_vocabulary_makes_a_reward_model_no_value_model(saved: Path, tmp_path: Path) -> None:
@@ -132,12 +132,12 @@ def test_another_vocabulary_makes_a_reward_model_no_value_model(saved: Path, tmp
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(tokenizer_models.BPE(vocabulary, [])), eos_token="<e>", pad_token="<p>"
     )
-    models.save(models.reward_from_policy(saved), tokenizer, tmp_path / "reward")
-    assert not models.score_head(models.value_model_from(saved, tmp_path / "reward")).weight.any()
+    loading.save(loading.reward_from_policy(saved), tokenizer, tmp_path / "reward")
+    assert not loading.score_head(loading.value_model_from(saved, tmp_path / "reward")).weight.any()
 
 
 # -------------------------------------------------------------------------------------------------------- refused
-@pytest.mark.parametrize("load", [models.load_policy, models.load_tokenizer, models.load_reward_model])
+@pytest.mark.parametrize("load", [loading.load_policy, loading.load_tokenizer, loading.load_reward_model])
 def test_a_model_that_is_not_there_is_named_with_where_it_was_looked_for(
     load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,14 +167,14 @@ def test_a_decoder_without_a_start_is_refused(tmp_path: Path) -> None:
     config = T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path / "t5")
     with pytest.raises(ModelError, match="no decoder_start_token_id"):
-        models.load_policy(tmp_path / "t5")
+        loading.load_policy(tmp_path / "t5")
 
 
 def test_an_encoder_decoder_is_a_policy(tmp_path: Path) -> None:
     shape = {"vocab_size": 8, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
     T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0)).save_pretrained(tmp_path / "t5")
-    assert models.is_encoder_decoder(tmp_path / "t5")
-    assert isinstance(models.load_policy(tmp_path / "t5"), T5ForConditionalGeneration)
+    assert loading.is_encoder_decoder(tmp_path / "t5")
+    assert isinstance(loading.load_policy(tmp_path / "t5"), T5ForConditionalGeneration)
 
 
 def test_dropouts_that_a_configuration_names_are_off_and_come_back() -> None:
@@ -204,27 +204,27 @@ def test_an_encoder_reads_whole_prompts() -> None:
     tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {eos}", special_tokens=[(eos, tokenizer.eos_token_id)]
     )
-    plain = models.prompt_token_ids(tokenizer, ["ab"])[0]
-    assert models.prompt_token_ids(tokenizer, ["ab"], encoder=True) == [[*plain, tokenizer.eos_token_id]]
+    plain = loading.prompt_token_ids(tokenizer, ["ab"])[0]
+    assert loading.prompt_token_ids(tokenizer, ["ab"], encoder=True) == [[*plain, tokenizer.eos_token_id]]
 
 
 def test_weights_that_are_not_there_are_not_made_up(saved: Path, tmp_path: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     (saved / "config.json").write_text(json.dumps(config | {"num_labels": 1}))
     with pytest.raises(ModelError, match=r"has no weights for score\.weight"):
-        models.load_reward_model(saved)  # a language model with no score head
+        loading.load_reward_model(saved)  # a language model with no score head
 
 
 def test_a_classifier_with_two_outputs_is_no_reward_model(saved: Path) -> None:
     with pytest.raises(ModelError, match="has 2 outputs"):
-        models.load_reward_model(saved)
+        loading.load_reward_model(saved)
 
 
 def test_an_encoder_has_no_score_for_single_tokens() -> None:
     shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     encoder = BertForSequenceClassification(BertConfig(vocab_size=8, num_labels=1, **shape))
     with pytest.raises(ModelError, match="bert classifier has no `score` layer"):
-        models.score_head(encoder)
+        loading.score_head(encoder)
 
 
 # ----------------------------------------------------------------------------------------------------- tokenizers
@@ -235,28 +235,28 @@ def test_missing_special_tokens_are_filled_in_without_new_rows(tmp_path: Path) -
         ("encoder", {"eos_token": None, "pad_token": "<p>", "sep_token": "<b>"}, "<b>", "<p>"),
     ):
         make_tokenizer(**special).save_pretrained(tmp_path / name)
-        tokenizer = models.load_tokenizer(tmp_path / name)
+        tokenizer = loading.load_tokenizer(tmp_path / name)
         assert (tokenizer.eos_token, tokenizer.pad_token, len(tokenizer)) == (eos, pad, 6)
     make_tokenizer(eos_token=None).save_pretrained(tmp_path / "none")
     with pytest.raises(ModelError, match="has no end-of-sequence token"):
-        models.load_tokenizer(tmp_path / "none")
+        loading.load_tokenizer(tmp_path / "none")
 
 
 def test_prompts_get_a_beginning_only_where_the_tokenizer_adds_it() -> None:
     plain = make_tokenizer(bos_token="<b>")
-    assert models.prompt_token_ids(plain, ["ab", "b"]) == [[3, 4], [4]]
-    assert models.prompt_token_ids(plain, []) == []
+    assert loading.prompt_token_ids(plain, ["ab", "b"]) == [[3, 4], [4]]
+    assert loading.prompt_token_ids(plain, []) == []
     adding = make_tokenizer(bos_token="<b>")
     adding.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<b> $A <e>", special_tokens=[("<b>", 2), ("<e>", 0)]
     )
     assert adding("ab")["input_ids"] == [2, 3, 4, 0]
-    assert models.prompt_token_ids(adding, ["ab", "b"]) == [[2, 3, 4], [2, 4]]  # and no end
+    assert loading.prompt_token_ids(adding, ["ab", "b"]) == [[2, 3, 4], [2, 4]]  # and no end
 
 
 # ----------------------------------------------------------------------------------------------- LoRA and dropout
 def test_lora_starts_as_the_base_freezes_it_and_merges_into_it(saved: Path) -> None:
-    base, adapted = models.load_policy(saved), adapt.add_lora(models.load_policy(saved), 2, 8.0)
+    base, adapted = loading.load_policy(saved), adapt.add_lora(loading.load_policy(saved), 2, 8.0)
     ids = torch.tensor([[3, 4, 5, 3]])
     assert torch.equal(adapted(input_ids=ids).logits, base(input_ids=ids).logits)
     trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
@@ -274,11 +274,11 @@ def test_lora_starts_as_the_base_freezes_it_and_merges_into_it(saved: Path) -> N
 
 
 def test_a_classifiers_head_learns_beside_its_adapters(saved: Path) -> None:
-    adapted = adapt.add_lora(models.reward_from_policy(saved), 2, 8.0)
+    adapted = adapt.add_lora(loading.reward_from_policy(saved), 2, 8.0)
     trained = [name for name, p in adapted.named_parameters() if p.requires_grad]
     assert [name for name in trained if "score" in name]
     assert all("lora_" in name or "score" in name for name in trained)
-    assert isinstance(models.score_head(adapt.merge_lora(adapted)), torch.nn.Linear)
+    assert isinstance(loading.score_head(adapt.merge_lora(adapted)), torch.nn.Linear)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "gpt_bigcode", "llama"])

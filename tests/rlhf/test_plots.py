@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 from matplotlib.axes import Axes
 
-from rlhf import plots
-from rlhf.evaluate import files
+from rlhf.evaluate import output
+from rlhf.metrics import plots
 
 N = 40
 
@@ -37,8 +37,8 @@ def made() -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]], dict[str, 
     report = {
         "judged": ["reward", "gold"],
         "metrics": {"ppo": {"kl": {"value": 7.25, "low": math.nan, "high": math.inf}}},
-        "distributions": files.distributions(scores, ["reward", "gold", "length_tokens"]),
-        "pairs": {"n": 50, "scores": files.distributions(sides, ["score"])["score"]},
+        "distributions": output.distributions(scores, ["reward", "gold", "length_tokens"]),
+        "pairs": {"n": 50, "scores": output.distributions(sides, ["score"])["score"]},
         "curves": {"step": [1, 2, 3], "score_mean": [0.0, 0.5, 1.0], "kl": [0.0, 2.0, 7.0]},
         "overoptimisation": {
             "kl": [0.0, 4.0, 1.0],
@@ -53,7 +53,7 @@ def made() -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]], dict[str, 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("written")
-    files.write(out, *made())
+    output.write(out, *made())
     return out
 
 
@@ -71,7 +71,7 @@ def test_writes_all_files(written: Path) -> None:
 def test_the_same_input_gives_the_same_bytes_and_another_input_others(written: Path, tmp_path: Path) -> None:
     report, scores, samples = made()
     report["overoptimisation"]["judges"]["gold"]["alarm"] = [0.0, 0.0, 0.0]
-    files.write(tmp_path, report, scores, samples)
+    output.write(tmp_path, report, scores, samples)
     for path in written.rglob("*.*"):
         same = path.read_bytes() == (tmp_path / path.relative_to(written)).read_bytes()
         assert same == (path.name not in ("report.json", "overoptimisation.png")), path.name
@@ -79,7 +79,7 @@ def test_the_same_input_gives_the_same_bytes_and_another_input_others(written: P
 
 def test_plots_ignore_the_users_style_and_leave_it_alone(written: Path, tmp_path: Path) -> None:
     with matplotlib.rc_context({"font.size": 40, "axes.facecolor": "red"}):
-        files.write(tmp_path, *made())
+        output.write(tmp_path, *made())
         assert matplotlib.rcParams["font.size"] == 40
     for path in written.glob("plots/*.png"):
         assert path.read_bytes() == (tmp_path / "plots" / path.name).read_bytes()
@@ -93,21 +93,21 @@ def test_plots_carry_no_version_or_date(written: Path) -> None:
 
 
 def test_without_scores_references_and_ppo_there_is_nothing_to_draw(tmp_path: Path) -> None:
-    lengths = files.distributions({"base": {"length_tokens": np.array([math.nan])}}, ["length_tokens"])
+    lengths = output.distributions({"base": {"length_tokens": np.array([math.nan])}}, ["length_tokens"])
     assert lengths == {}
     nothing = dict.fromkeys(("curves", "pairs", "overoptimisation"))
-    files.write(tmp_path, {"judged": [], "distributions": lengths, **nothing}, {}, {"prompt": ["p"]})
+    output.write(tmp_path, {"judged": [], "distributions": lengths, **nothing}, {}, {"prompt": ["p"]})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "samples.parquet"]
 
 
 def test_distributions_count_every_known_value_once() -> None:
     scores = {"sft": {"gold": np.array([0.0, 1.0, 2.0, math.nan])}, "ppo": {"gold": np.array([4.0])}, "base": {}}
-    found = files.distributions(scores, ["gold", "absent"], bins=4)
+    found = output.distributions(scores, ["gold", "absent"], bins=4)
     assert set(found) == {"gold"}
     assert found["gold"]["edges"] == [0, 1, 2, 3, 4]
     assert found["gold"]["counts"] == {"sft": [1, 1, 1, 0], "ppo": [0, 0, 0, 1]}
     assert found["gold"]["percentiles"]["sft"]["50"] == found["gold"]["means"]["sft"] == 1
-    same = files.distributions({"sft": {"gold": np.array([3.0, 3.0])}}, ["gold"])
+    same = output.distributions({"sft": {"gold": np.array([3.0, 3.0])}}, ["gold"])
     assert sum(same["gold"]["counts"]["sft"]) == 2
 
 

@@ -14,15 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForCausalLM
 
-from rlhf import settings
+from rlhf.config import load as settings
 from rlhf.context import Context
-from rlhf.data.settle import split_of
-from rlhf.data.sources import SPLITS
-from rlhf.data.tokens import END, Lengths, context_length, statistics, train_tokenizer
 from rlhf.errors import DataError, InputError
-from rlhf.models import load_tokenizer
-from rlhf.prepare import check, run
-from rlhf.tracker import NullTracker
+from rlhf.models.loading import load_tokenizer
+from rlhf.prepare.settle import split_of
+from rlhf.prepare.sources import SPLITS
+from rlhf.prepare.stage import check, run
+from rlhf.prepare.tokens import END, Lengths, context_length, statistics, train_tokenizer
+from rlhf.tracking.tracker import NullTracker
 from tests.rlhf.projects import ROWS, good, replace
 
 

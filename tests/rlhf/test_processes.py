@@ -19,12 +19,15 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 from trl import RewardConfig
 
-from rlhf import checkpoints, computing, models, processes, sft, training
-from rlhf.config import Model
+from rlhf.config.pipeline import Model
 from rlhf.context import Context
-from rlhf.random_weights import random_model
+from rlhf.models import loading
+from rlhf.prepare.random_weights import random_model
+from rlhf.sft import stage as sft
 from rlhf.stages import STAGES
-from rlhf.tracker import Entry, Progress, read_journal
+from rlhf.store import checkpoints
+from rlhf.tracking.tracker import Entry, Progress, read_journal
+from rlhf.training import computing, processes, supervised
 from tasks import launch
 
 CLOSE = {"rel": 1e-5, "abs": 1e-5}
@@ -84,11 +87,11 @@ def odd(toy: Any, tmp_path: Path) -> Any:
 @pytest.mark.parametrize("kind", ["gpt2", "t5", "lora"])
 def test_sft(kind: str, odd: Any) -> None:
     if kind == "t5":
-        tokenizer = models.load_tokenizer(odd.shared / "prepare/base")
+        tokenizer = loading.load_tokenizer(odd.shared / "prepare/base")
         torch.manual_seed(1)
         size = {"layers": 1, "width": 16, "heads": 2, "context": 48, "vocab_size": 270}
         model = random_model(Model(init="random", architecture="t5", **size), tokenizer)
-        models.save(model, tokenizer, odd.shared / "prepare/base")
+        loading.save(model, tokenizer, odd.shared / "prepare/base")
     more = {"model": {"lora_rank": 2}} if kind == "lora" else {}
     section = STEADY | {"batch_size": 28}
     one = odd.context("sft", run="one", sft=section, **more)
@@ -251,7 +254,7 @@ def test_shares_make_the_batches_of_one_process(rows: int, batch: int, micro: in
 
 def test_no_rows_add_nothing(toy: Any) -> None:
     """But there is a graph to every weight, whose gradients the processes exchange."""
-    model = models.load_policy(toy.shared / "prepare/base")
+    model = loading.load_policy(toy.shared / "prepare/base")
     total, count = sft.response_loss(model, sft.collate([]))
     total.backward()
     assert (total.item(), int(count)) == (0.0, 0)
@@ -274,7 +277,7 @@ def test_four_processes_have_a_quarter_each(
 ) -> None:
     monkeypatch.setattr(processes, "count", lambda: 4)
     context = toy.context("sft", sft={"batch_size": 28, "micro_batch_size": micro})
-    args = training.training_arguments(RewardConfig, context.config.sft, context)
+    args = supervised.training_arguments(RewardConfig, context.config.sft, context)
     assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == expected
 
 
@@ -295,5 +298,5 @@ def test_each_process_drops_out_other_activations(index: int, toy: Any, monkeypa
     monkeypatch.setattr(processes, "index", lambda: index)
     context, trainer = toy.context("sft"), Trainer()
     computing.seed_everything(context.config.seed)
-    training.train(trainer, context, None)  # type: ignore[arg-type]
+    supervised.train(trainer, context, None)  # type: ignore[arg-type]
     assert trainer.seed == context.config.seed + index

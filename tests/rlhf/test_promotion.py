@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from rlhf.config import PipelineConfig
+from rlhf.config.load import load, presets
+from rlhf.config.pipeline import PipelineConfig
+from rlhf.config.promotion import trained_on
 from rlhf.errors import ConfigError
-from rlhf.promotion import trained_on
-from rlhf.settings import load, presets
 
 SCORERS = {
     "brief": "brevity",

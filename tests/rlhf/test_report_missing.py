@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from rlhf.artifacts import Store
 from rlhf.report import Sources, page, sources_of
 from rlhf.report.verdict import verdict
+from rlhf.store.artifacts import Store
 from tests.rlhf import report_sources as made
 from tests.rlhf.report_sources import STAGES, Reader
 

@@ -15,12 +15,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rlhf import adapt, checkpoints, computing, models, reward, training
 from rlhf.errors import DataError, StoppedError, TrainingError
-from rlhf.reward import held_out, trainer
-from rlhf.reward.held_out import Scores
+from rlhf.models import adapt, loading
+from rlhf.reward import accuracy, trainer
+from rlhf.reward import stage as reward
+from rlhf.reward.accuracy import Scores
 from rlhf.reward.rows import Pairs, token_rows
 from rlhf.rewards import RewardModel
+from rlhf.store import checkpoints
+from rlhf.training import computing, supervised
 
 FEW = {"max_steps": 4}
 NOTHING = Scores(np.zeros(0), np.zeros(0))
@@ -40,13 +43,13 @@ def table(toy: Any, kind: str, split: str) -> dict[str, list[str]]:
 def rows_of(toy: Any, split: str, side: str, model: Any) -> list[list[int]]:
     columns = table(toy, "preferences", split)
     texts = [prompt + response for prompt, response in zip(columns["prompt"], columns[side], strict=True)]
-    return token_rows(texts, models.load_tokenizer(toy.shared / "sft/model"), model, "here")
+    return token_rows(texts, loading.load_tokenizer(toy.shared / "sft/model"), model, "here")
 
 
 def classifier(toy: Any) -> Any:
     """A fresh classifier, its padding set as in training."""
     torch.manual_seed(0)
-    model = models.reward_from_policy(toy.shared / "sft/model")
+    model = loading.reward_from_policy(toy.shared / "sft/model")
     model.config.pad_token_id = 1
     return model
 
@@ -66,7 +69,7 @@ def weights(context: Any) -> bytes:
 
 # ---------------------------------------------------------------------------------------------------------- scoring
 def test_texts_end_with_end_of_sequence_once(toy: Any) -> None:
-    tokenizer = models.load_tokenizer(toy.shared / "sft/model")
+    tokenizer = loading.load_tokenizer(toy.shared / "sft/model")
     ids = tokenizer("ant bee")["input_ids"]
     rows = token_rows(["ant bee", "ant bee" + tokenizer.eos_token], tokenizer, classifier(toy), "here")
     assert rows == [[*ids, tokenizer.eos_token_id]] * 2
@@ -76,7 +79,7 @@ def test_texts_end_with_end_of_sequence_once(toy: Any) -> None:
 def test_scores_are_read_at_the_last_token_though_it_pads_too(toy: Any) -> None:
     model = classifier(toy)
     rows = rows_of(toy, "train", "chosen", model)
-    assert {row[-1] for row in rows} == {models.load_tokenizer(toy.shared / "sft/model").pad_token_id}
+    assert {row[-1] for row in rows} == {loading.load_tokenizer(toy.shared / "sft/model").pad_token_id}
     assert len({len(row) for row in rows}) > 2  # so batches have padding
     for size in (1, 7, len(rows)):
         assert reward.raw_scores(model, rows, size) == pytest.approx(by_hand(model, rows).numpy(), abs=1e-5)
@@ -88,7 +91,7 @@ def test_the_trainer_reads_the_same_scores(toy: Any) -> None:
         section = {"max_steps": 1, "batch_size": 84, "log_every": 1, "center": center}
         context = toy.context("reward", run=f"center {center}", reward=section)
         computing.seed_everything(3)
-        model = models.reward_from_policy(toy.shared / "sft/model")
+        model = loading.reward_from_policy(toy.shared / "sft/model")
         chosen, rejected = (by_hand(model, rows_of(toy, "train", side, model)) for side in ("chosen", "rejected"))
         loss = -F.logsigmoid(chosen - rejected).mean() + center * ((chosen + rejected) ** 2).mean()
         reward.run(context)
@@ -100,7 +103,7 @@ def test_the_trainer_reads_the_same_scores(toy: Any) -> None:
 
 
 def test_a_text_longer_than_the_context_is_named(toy: Any) -> None:
-    model, tokenizer = classifier(toy), models.load_tokenizer(toy.shared / "sft/model")
+    model, tokenizer = classifier(toy), loading.load_tokenizer(toy.shared / "sft/model")
     assert [len(row) for row in token_rows(["!" * 47], tokenizer, model, "there")] == [48]
     with pytest.raises(DataError, match=r"there, row 2: .* 49 tokens, .* at most 48; lower data.max_prompt_tokens"):
         token_rows(["ant", "!" * 48], tokenizer, model, "there")
@@ -109,20 +112,20 @@ def test_a_text_longer_than_the_context_is_named(toy: Any) -> None:
 # ---------------------------------------------------------------------------------------------------------- figures
 def test_figures_by_hand() -> None:
     scores = Scores(np.array([2.0, 0.0, 1.0, -1.0]), np.array([1.0, 0.0, 3.0, -2.0]))
-    assert held_out.wins(scores).tolist() == [1.0, 0.5, 0.0, 1.0]
+    assert accuracy.wins(scores).tolist() == [1.0, 0.5, 0.0, 1.0]
     losses = [math.log1p(math.exp(-margin)) for margin in (1, 0, -2, 1)]
-    assert held_out.pair_loss(scores) == pytest.approx(sum(losses) / 4)
-    assert held_out.pair_loss(Scores(np.array([1e4]), np.array([-1e4]))) == 0.0
-    assert held_out.pair_loss(Scores(np.array([-1e4]), np.array([1e4]))) == 2e4
-    assert held_out.pair_report(NOTHING, NOTHING, [], 0, probabilities=True) is None
-    assert held_out.finals(None, None) == {}
+    assert accuracy.pair_loss(scores) == pytest.approx(sum(losses) / 4)
+    assert accuracy.pair_loss(Scores(np.array([1e4]), np.array([-1e4]))) == 0.0
+    assert accuracy.pair_loss(Scores(np.array([-1e4]), np.array([1e4]))) == 2e4
+    assert accuracy.pair_report(NOTHING, NOTHING, [], 0, probabilities=True) is None
+    assert accuracy.finals(None, None) == {}
 
 
 def test_interval_of_the_accuracy() -> None:
     """For 300 of 400 pairs: the normal interval of a share, 0.75 +- 1.96 sqrt(0.75 * 0.25 / 400)."""
     scores = Scores(np.repeat([1.0, -1.0], [300, 100]), np.zeros(400))
-    report = held_out.pair_report(scores, Scores(np.ones(400), np.ones(400)), [True] * 400, 1, probabilities=True)
-    metrics = held_out.finals(report, None)
+    report = accuracy.pair_report(scores, Scores(np.ones(400), np.ones(400)), [True] * 400, 1, probabilities=True)
+    metrics = accuracy.finals(report, None)
     assert metrics["test_accuracy"] == 0.75
     assert metrics["test_accuracy_low"] == pytest.approx(0.7076, abs=0.01)
     assert metrics["test_accuracy_high"] == pytest.approx(0.7924, abs=0.01)
@@ -149,7 +152,7 @@ def test_learns_and_is_normalised(toy: Any, capfd: pytest.CaptureFixture[str], n
     assert finals["reward/test_loss"] < 0.3
     assert finals["reward/train_pairs"] == 84
 
-    model, tokenizer = models.load_reward_model(context.out / "model"), models.load_tokenizer(context.out / "model")
+    model, tokenizer = loading.load_reward_model(context.out / "model"), loading.load_tokenizer(context.out / "model")
     scorer = RewardModel(model, tokenizer)
     columns = table(toy, "demonstrations", "train")
     references = np.array(scorer(columns["prompt"], columns["response"], {}))
@@ -203,13 +206,13 @@ def test_the_models_own_forward_gives_the_score_too(toy: Any) -> None:
     """With padding by the configuration's id, which is why that one is not end-of-sequence."""
     context = toy.context("reward", reward=FEW)
     reward.run(context)
-    model = models.load_reward_model(context.out / "model")
+    model = loading.load_reward_model(context.out / "model")
     rows = rows_of(toy, "test", "chosen", model)
-    ids = training.padded(rows, model.config.pad_token_id)
+    ids = supervised.padded(rows, model.config.pad_token_id)
     with torch.no_grad():
         scores = model(ids).logits[:, 0].numpy() - model.config.score_mean
     columns = table(toy, "preferences", "test")
-    expected = RewardModel(model, models.load_tokenizer(context.out / "model"))(
+    expected = RewardModel(model, loading.load_tokenizer(context.out / "model"))(
         columns["prompt"], columns["chosen"], {}
     )
     assert scores == pytest.approx(np.array(expected), abs=1e-5)
@@ -235,8 +238,8 @@ def test_without_demonstrations_the_chosen_texts_are_the_references(toy: Any, tm
     context.inputs["prepare"] = tmp_path / "prepare"
     reward.run(context)
     columns = table(toy, "preferences", "train")
-    model = models.load_reward_model(context.out / "model")
-    scores = RewardModel(model, models.load_tokenizer(context.out / "model"))(columns["prompt"], columns["chosen"], {})
+    model = loading.load_reward_model(context.out / "model")
+    scores = RewardModel(model, loading.load_tokenizer(context.out / "model"))(columns["prompt"], columns["chosen"], {})
     assert np.mean(scores) == pytest.approx(0.0, abs=1e-5)
 
 
@@ -289,13 +292,13 @@ def test_lora_is_merged_with_its_head(toy: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(adapt, "merge_lora", merge)
     context = toy.context("reward", reward=FEW, model={"lora_rank": 4})
     reward.run(context)
-    saved = models.load_reward_model(context.out / "model")
+    saved = loading.load_reward_model(context.out / "model")
     assert reward.raw_scores(saved, rows, 4) == pytest.approx(scores[0], abs=1e-5)
-    policy = models.load_policy(toy.shared / "sft/model")
+    policy = loading.load_policy(toy.shared / "sft/model")
     assert torch.equal(saved.transformer.wte.weight, policy.transformer.wte.weight)
     assert not torch.equal(saved.transformer.h[0].mlp.c_fc.weight, policy.transformer.h[0].mlp.c_fc.weight)
     computing.seed_everything(3)
-    assert not torch.equal(saved.score.weight, models.reward_from_policy(toy.shared / "sft/model").score.weight)
+    assert not torch.equal(saved.score.weight, loading.reward_from_policy(toy.shared / "sft/model").score.weight)
 
 
 def test_a_loss_that_is_not_finite_ends_training(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from scipy import stats
 from trl import RewardTrainer
 
-from rlhf import plots
-from rlhf.reward import calibration, held_out, losses
+from rlhf.metrics import plots
+from rlhf.reward import accuracy, calibration, losses
+from rlhf.reward.accuracy import Scores
 from rlhf.reward.calibration import Bin
-from rlhf.reward.held_out import Scores
 
 Floats = NDArray[np.float64]
 
@@ -149,7 +149,7 @@ def test_overconfidence_worked_out() -> None:
     """It says 0.9 of one side or of the other, and is right in three of four: the error of every bin is 0.15."""
     d = math.log(9.0)
     difference, first = np.tile([d, d, d, -d], 50), [True, False, True, False, False, True, False, True] * 25
-    report = held_out.pair_report(Scores(difference, np.zeros(200)), zeros(200), first, 0, True)
+    report = accuracy.pair_report(Scores(difference, np.zeros(200)), zeros(200), first, 0, True)
     assert report is not None
     assert report["calibration"]["error"] == pytest.approx(0.15)
     assert report["accuracy"]["value"] == 0.75
@@ -160,9 +160,9 @@ def test_a_loss_of_a_coin_with_a_good_accuracy_is_explained_by_its_calibration()
     """ln 2 beside 0.75 is possible: scores so close that every probability is 1/2. The error says so: 0.25."""
     first = np.arange(400) % 2 == 0
     tiny = np.tile([1e-6, 1e-6, 1e-6, -1e-6], 100)
-    report = held_out.pair_report(Scores(tiny, np.zeros(400)), zeros(400), first.tolist(), 0, True)
+    report = accuracy.pair_report(Scores(tiny, np.zeros(400)), zeros(400), first.tolist(), 0, True)
     assert report is not None
-    figures = held_out.finals(report, None)
+    figures = accuracy.finals(report, None)
     assert figures["test_loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert figures["test_accuracy"] == 0.75
     assert figures["test_absolute_score_difference"] == pytest.approx(1e-6)
@@ -182,16 +182,16 @@ def test_the_error_of_chance_shrinks_with_the_pairs() -> None:
 def test_accuracy_by_length_by_hand() -> None:
     lengths = Scores(np.array([9.0, 2, 5, 5, 6, 3]), np.array([2.0, 8, 5, 6, 5, 9]))  # +7 -6 0 -1 +1 -6
     scores = Scores(np.array([1.0, -1, 1, 0, -1, 1]), np.zeros(6))
-    rows = held_out.by_length(scores, lengths, 0)
+    rows = accuracy.by_length(scores, lengths, 0)
     assert [row["chosen"] for row in rows] == ["shorter", "about_equal", "longer"]
     assert [row["n"] for row in rows] == [2, 3, 1]
     assert [row["value"] for row in rows] == [0.5, 0.5, 1.0]
     assert [(row["tokens_from"], row["tokens_to"]) for row in rows] == [(-6, -6), (-1, 1), (7, 7)]
-    report = held_out.pair_report(scores, lengths, [True] * 6, 0, probabilities=False)
+    report = accuracy.pair_report(scores, lengths, [True] * 6, 0, probabilities=False)
     assert report is not None
     assert report["longer_is_better"] == pytest.approx(2.5 / 6)
     assert {"loss", "calibration"}.isdisjoint(report)
-    figures = held_out.finals(report, None)
+    figures = accuracy.finals(report, None)
     assert figures["test_accuracy_chosen_longer"] == 1.0
     assert figures["test_accuracy_chosen_shorter"] == figures["test_accuracy_chosen_about_equal"] == 0.5
 
@@ -199,43 +199,43 @@ def test_accuracy_by_length_by_hand() -> None:
 def test_a_model_that_only_counts_is_seen() -> None:
     generator = np.random.default_rng(0)
     lengths = Scores(*generator.integers(1, 50, (2, 300)).astype(np.float64))
-    report = held_out.pair_report(Scores(lengths.chosen / 9, lengths.rejected / 9), lengths, [True] * 300, 0, True)
+    report = accuracy.pair_report(Scores(lengths.chosen / 9, lengths.rejected / 9), lengths, [True] * 300, 0, True)
     assert report is not None
-    figures = held_out.finals(report, None)
+    figures = accuracy.finals(report, None)
     assert figures["test_length_correlation"] == pytest.approx(1.0)
     assert figures["test_accuracy"] == figures["test_longer_is_better"]
     assert (figures["test_accuracy_chosen_longer"], figures["test_accuracy_chosen_shorter"]) == (1.0, 0.0)
 
 
 def test_pairs_of_one_length_are_about_equal_and_have_no_correlation() -> None:
-    report = held_out.pair_report(Scores(np.ones(4), np.zeros(4)), zeros(4), [True] * 4, 0, True)
+    report = accuracy.pair_report(Scores(np.ones(4), np.zeros(4)), zeros(4), [True] * 4, 0, True)
     assert report is not None
     assert [row["chosen"] for row in report["by_length"]] == ["about_equal"]
-    assert "test_length_correlation" not in held_out.finals(report, None)
+    assert "test_length_correlation" not in accuracy.finals(report, None)
     assert report["longer_is_better"] == 0.5
 
 
 def test_the_length_correlation_is_pearsons_over_both_orders() -> None:
     score, length = np.array([1.0, 2.0, -1.0]), np.array([3.0, -1.0, 2.0])
     expected = stats.pearsonr(np.concatenate([score, -score]), np.concatenate([length, -length])).statistic
-    assert held_out.length_correlation(score, length) == pytest.approx(expected)
+    assert accuracy.length_correlation(score, length) == pytest.approx(expected)
 
 
 # ---------------------------------------------------------------------------------------------------------- ratings
 def test_figures_of_ratings() -> None:
     predicted, rated = np.array([0.5, -1.0, 0.0, 2.0, 2.0]), np.array([3.0, 1.0, 1.0, 4.0, 5.0])
-    report = held_out.rating_report(predicted, rated, scale=(2.0, 2.0))
+    report = accuracy.rating_report(predicted, rated, scale=(2.0, 2.0))
     assert report is not None
     assert report["loss"] == pytest.approx(np.mean([0.0, 0.25, 0.25, 1.0, 0.25]))
     assert report["mse"] == pytest.approx(np.mean([0.0, 1.0, 1.0, 4.0, 1.0]))  # of 2 * predicted + 2
     assert report["pearson"] == pytest.approx(stats.pearsonr(predicted, rated).statistic)
     assert report["spearman"] == pytest.approx(stats.spearmanr(predicted, rated).statistic)
-    of_pairs = held_out.rating_report(predicted, rated, scale=None)
+    of_pairs = accuracy.rating_report(predicted, rated, scale=None)
     assert of_pairs is not None
-    assert set(held_out.finals(None, of_pairs)) == {"test_pearson", "test_spearman"}
-    assert held_out.rating_report(np.zeros(0), np.zeros(0), None) is None
-    constant = held_out.rating_report(np.zeros(3), np.arange(3.0), None)
-    assert held_out.finals(None, constant) == {}
+    assert set(accuracy.finals(None, of_pairs)) == {"test_pearson", "test_spearman"}
+    assert accuracy.rating_report(np.zeros(0), np.zeros(0), None) is None
+    constant = accuracy.rating_report(np.zeros(3), np.arange(3.0), None)
+    assert accuracy.finals(None, constant) == {}
 
 
 # ----------------------------------------------------------------------------------------------------------- diagram

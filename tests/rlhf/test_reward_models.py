@@ -24,9 +24,10 @@ from transformers import (
     T5Config,
 )
 
-from rlhf import adapt, models, reward
+from rlhf.models import adapt, loading
+from rlhf.models.score_input import score_token_ids, usable_length
+from rlhf.reward import stage as reward
 from rlhf.rewards import RewardModel
-from rlhf.scoring import score_token_ids, usable_length
 
 CAUSAL, ENCODERS = ("gpt2", "llama"), ("bert", "distilbert", "roberta", "deberta-v2")
 ARCHITECTURES = (*CAUSAL, *ENCODERS, "t5")
@@ -82,7 +83,7 @@ def make_trunk(architecture: str, directory: Path, positions: int = 48) -> Path:
     }[architecture]()
     torch.manual_seed(1)
     model = (AutoModelForCausalLM if architecture in CAUSAL else AutoModel).from_config(config)
-    models.save(model, tokenizer, directory / architecture)
+    loading.save(model, tokenizer, directory / architecture)
     return directory / architecture
 
 
@@ -95,7 +96,7 @@ def saved_weights(context: Any) -> bytes:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_text_ends_once(architecture: str, tmp_path: Path) -> None:
     make_tokenizer(architecture).save_pretrained(tmp_path)
-    tokenizer = models.load_tokenizer(tmp_path)
+    tokenizer = loading.load_tokenizer(tmp_path)
     (row,) = score_token_ids(tokenizer, ["ant bee"])
     end = tokenizer.sep_token_id if architecture in ENCODERS else tokenizer.eos_token_id
     words = tokenizer.convert_tokens_to_ids(["ant", "bee"])
@@ -109,7 +110,7 @@ def test_a_text_ends_once(architecture: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_longest_text_is_read_and_a_longer_one_is_refused(architecture: str, tmp_path: Path) -> None:
     """RoBERTa's first position is that of the padding token + 1: of 20 positions, 18 serve."""
-    model = models.reward_from_policy(make_trunk(architecture, tmp_path, positions=20)).eval()
+    model = loading.reward_from_policy(make_trunk(architecture, tmp_path, positions=20)).eval()
     limit = usable_length(model)
     assert limit == {"roberta": 18, "t5": None}.get(architecture, 20)
     ids = torch.full((1, limit or 100), 5)
@@ -120,8 +121,8 @@ def test_the_longest_text_is_read_and_a_longer_one_is_refused(architecture: str,
 def test_a_classifier_with_other_labels_lends_its_trunk(tmp_path: Path) -> None:
     trunk = make_trunk("distilbert", tmp_path)
     sentiment = AutoModelForSequenceClassification.from_pretrained(trunk, num_labels=2)
-    models.save(sentiment, make_tokenizer("distilbert"), tmp_path / "sentiment")
-    model = models.reward_from_policy(tmp_path / "sentiment")
+    loading.save(sentiment, make_tokenizer("distilbert"), tmp_path / "sentiment")
+    model = loading.reward_from_policy(tmp_path / "sentiment")
     assert model.classifier.out_features == model.config.num_labels == 1
     assert torch.equal(model.pre_classifier.weight, sentiment.pre_classifier.weight)
 
@@ -140,8 +141,8 @@ def test_learns_and_scores_as_it_was_trained(
     assert finals["reward/test_accuracy_low"] > 0.5
     assert finals["reward/test_accuracy"] > 0.9
 
-    model = models.load_reward_model(context.out / "model")
-    scorer = RewardModel(model, models.load_tokenizer(context.out / "model"))
+    model = loading.load_reward_model(context.out / "model")
+    scorer = RewardModel(model, loading.load_tokenizer(context.out / "model"))
     columns = pq.read_table(toy.shared / "prepare/preferences/test.parquet").to_pydict()
     rows = pq.read_table(context.out / "scores.parquet", filters=[("split", "==", "test")]).to_pydict()
     for side in ("chosen", "rejected"):
@@ -156,7 +157,7 @@ def test_lora_trains_adapters_and_the_new_head_and_saves_both(toy: Any, tmp_path
     finals = reward.run(context)
     assert finals["reward/test_accuracy"] > 0.9
     torch.manual_seed(3)
-    before, after = models.reward_from_policy(trunk), models.load_reward_model(context.out / "model")
+    before, after = loading.reward_from_policy(trunk), loading.load_reward_model(context.out / "model")
     assert before.state_dict().keys() == after.state_dict().keys()
     changed = {
         name for name, weight in after.state_dict().items() if not torch.equal(weight, before.state_dict()[name])
@@ -186,7 +187,7 @@ def test_an_encoder_resumes_bit_identically(toy: Any, tmp_path: Path, lora_rank:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("lora", [0, 2])
 def test_a_score_has_more_digits_than_bf16_under_autocast_too(architecture: str, lora: int, tmp_path: Path) -> None:
-    model = models.reward_from_policy(make_trunk(architecture, tmp_path))
+    model = loading.reward_from_policy(make_trunk(architecture, tmp_path))
     if lora:
         model = adapt.add_lora(model, lora, 8.0)
     ids = torch.randint(3, len(WORDS), (8, 12), generator=torch.Generator().manual_seed(0))

@@ -16,13 +16,15 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional as F
 
-from rlhf import computing, models, reward
-from rlhf.config import Reward
+from rlhf.config.pipeline import Reward
 from rlhf.errors import DataError, TrainingError
+from rlhf.models import loading
 from rlhf.reward import rows, trainer
+from rlhf.reward import stage as reward
 from rlhf.reward.rows import Pairs, Ratings
 from rlhf.rewards import RewardModel
 from rlhf.stages import STAGES, stage_inputs
+from rlhf.training import computing
 
 SPLITS = ("train", "validation", "test")
 WORDS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen"]
@@ -88,8 +90,8 @@ def test_the_trainer_subtracts_margins_and_takes_null_for_none(toy: Any, tmp_pat
     write(tmp_path / "other", "preferences", "train", columns | {"margin": pa.array(margins, pa.float64())})
     computing.seed_everything(3)
     model, tokenizer = (
-        models.reward_from_policy(toy.shared / "sft/model"),
-        models.load_tokenizer(toy.shared / "sft/model"),
+        loading.reward_from_policy(toy.shared / "sft/model"),
+        loading.load_tokenizer(toy.shared / "sft/model"),
     )
     total = 0.0
     for prompt, chosen, rejected, margin in zip(
@@ -112,8 +114,8 @@ def test_the_trainer_weighs_rankings_the_same(toy: Any, tmp_path: Path) -> None:
     write(tmp_path / "other", "preferences", "train", columns)
     computing.seed_everything(3)
     model, tokenizer = (
-        models.reward_from_policy(toy.shared / "sft/model"),
-        models.load_tokenizer(toy.shared / "sft/model"),
+        loading.reward_from_policy(toy.shared / "sft/model"),
+        loading.load_tokenizer(toy.shared / "sft/model"),
     )
     of_ranking: dict[int, list[float]] = {}
     for prompt, chosen, rejected, number in zip(*columns.values(), strict=True):
@@ -208,11 +210,11 @@ def test_learns_from_ratings(toy: Any, tmp_path: Path, lora_rank: int) -> None:
     assert last["reward/validation_loss"] < first["reward/validation_loss"]
     assert "reward/accuracy" not in logged(toy)
 
-    model = models.load_reward_model(context.out / "model")
+    model = loading.load_reward_model(context.out / "model")
     assert (model.config.rating_mean, model.config.rating_std) == pytest.approx((given.mean(), given.std()))
     columns = ratings(toy, "test")
     scores = np.array(
-        RewardModel(model, models.load_tokenizer(context.out / "model"))(columns["prompt"], columns["response"], {})
+        RewardModel(model, loading.load_tokenizer(context.out / "model"))(columns["prompt"], columns["response"], {})
     )
     written = pq.read_table(context.out / "ratings.parquet").to_pydict()
     assert written["split"] == ["test"] * 28 + ["train"] * 168
@@ -234,8 +236,8 @@ def test_the_loss_of_the_trainer_is_the_squared_error(toy: Any, tmp_path: Path) 
     write(tmp_path / "other", "ratings", "train", columns)
     computing.seed_everything(3)
     model, tokenizer = (
-        models.reward_from_policy(toy.shared / "sft/model"),
-        models.load_tokenizer(toy.shared / "sft/model"),
+        loading.reward_from_policy(toy.shared / "sft/model"),
+        loading.load_tokenizer(toy.shared / "sft/model"),
     )
     mean = sum(columns["score"]) / n
     std = math.sqrt(sum((given - mean) ** 2 for given in columns["score"]) / n)

@@ -11,11 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf import checkpoints, disk, models, reward
 from rlhf.errors import StoppedError
-from rlhf.reward import second
-from rlhf.reward.held_out import Scores
+from rlhf.models import loading
+from rlhf.reward import held_out_model
+from rlhf.reward import stage as reward
+from rlhf.reward.accuracy import Scores
 from rlhf.rewards import RewardModel
+from rlhf.store import checkpoints, disk
 
 BOTH: dict[str, Any] = {"held_out": True, "max_steps": 5, "batch_size": 42}
 STEPS = 5
@@ -28,7 +30,7 @@ def weights(context: Any, part: str) -> bytes:
 
 def scores(context: Any, part: str, prompts: list[str], responses: list[str]) -> np.ndarray[Any, Any]:
     """What a model that the stage wrote says."""
-    scorer = RewardModel(models.load_reward_model(context.out / part), models.load_tokenizer(context.out / part))
+    scorer = RewardModel(loading.load_reward_model(context.out / part), loading.load_tokenizer(context.out / part))
     return np.array(scorer(prompts, responses, {}))
 
 
@@ -56,7 +58,7 @@ def test_it_is_the_model_of_the_next_seed_and_the_first_is_as_without_it(lora_ra
 
 
 def test_after_the_last_seed_comes_the_first(toy: Any) -> None:
-    contexts = second.trainings(toy.context("reward", reward=BOTH, seed=2**32 - 1))
+    contexts = held_out_model.trainings(toy.context("reward", reward=BOTH, seed=2**32 - 1))
     assert [context.config.seed for context in contexts] == [2**32 - 1, 0]
 
 
@@ -82,8 +84,8 @@ def test_its_figures(toy: Any) -> None:
 def test_agreement_by_hand() -> None:
     one = Scores(np.array([1.0, 0.0, 2.0, 5.0, 1.0]), np.array([0.0, 1.0, 2.0, 1.0, 1.0]))  # > < = > =
     other = Scores(np.array([9.0, 3.0, 0.0, 1.0, 4.0]), np.array([8.0, 2.0, 0.0, 3.0, 5.0]))  # > > = < <
-    assert second.agreement(one, other) == pytest.approx(2 / 5)
-    assert second.finals(Scores(np.zeros(0), np.zeros(0)), Scores(np.zeros(0), np.zeros(0)), 0) == {}
+    assert held_out_model.agreement(one, other) == pytest.approx(2 / 5)
+    assert held_out_model.finals(Scores(np.zeros(0), np.zeros(0)), Scores(np.zeros(0), np.zeros(0)), 0) == {}
 
 
 def test_curves_of_both_and_one_progress(toy: Any) -> None:

@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from rlhf import rewards
+from rlhf.config.fields import RewardSpec
 from rlhf.errors import ConfigError, RewardError
-from rlhf.random_weights import random_model
+from rlhf.prepare.random_weights import random_model
 from rlhf.rewards.registry import labels
-from rlhf.schema import RewardSpec
 
 PROMPTS, RESPONSES = ["p one", "p two", "p three"], [" a", " bb", " ccc"]
 

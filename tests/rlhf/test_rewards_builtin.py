@@ -15,8 +15,8 @@ from transformers import BertForSequenceClassification, BertModel
 
 from rlhf import rewards
 from rlhf.errors import RewardError
+from rlhf.metrics.words import word_count
 from rlhf.rewards import registry
-from rlhf.text import word_count
 
 MakeModel = Callable[..., Path]
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from transformers import BertModel
 
-from rlhf import rewards, settings
+from rlhf import rewards
+from rlhf.config import load as settings
 
 DOCS = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from rlhf import fingerprint, plan
-from rlhf.artifacts import Store
-from rlhf.config import PipelineConfig
+from rlhf.cache import fingerprint, plan
+from rlhf.cache.plan import Planner
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import ModelError
-from rlhf.plan import Planner
+from rlhf.store.artifacts import Store
 
 
 def ingredients(home: Path, rewards: dict[str, Any], stage: str = "ppo") -> dict[str, Any]:
@@ -120,7 +120,7 @@ def test_a_built_ins_model_counts_by_content_or_commit(tmp_path: Path, monkeypat
     (tmp_path / "encoder").mkdir()
     (tmp_path / "encoder" / "config.json").write_text("{}")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("rlhf.hub.resolve_commit", lambda name, revision, option: "c0ffee")
+    monkeypatch.setattr("rlhf.store.hub.resolve_commit", lambda name, revision, option: "c0ffee")
 
     def of(model: str) -> Any:
         found = ingredients(tmp_path, {"semantic_similarity": {"arguments": {"model": model}}})
@@ -132,6 +132,6 @@ def test_a_built_ins_model_counts_by_content_or_commit(tmp_path: Path, monkeypat
     def nowhere(name: str, revision: str | None, option: str) -> str:
         raise ModelError(f"set {option}")
 
-    monkeypatch.setattr("rlhf.hub.resolve_commit", nowhere)
+    monkeypatch.setattr("rlhf.store.hub.resolve_commit", nowhere)
     with pytest.raises(ModelError, match=r"^set ppo\.rewards\.semantic_similarity\.arguments\.model$"):
         of("org/encoder")

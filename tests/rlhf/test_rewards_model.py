@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from rlhf.errors import RewardError
-from rlhf.reward import raw_scores
+from rlhf.models.score_input import score_token_ids, usable_length
+from rlhf.reward.stage import raw_scores
 from rlhf.rewards import RewardModel
-from rlhf.scoring import score_token_ids, usable_length
 
 WORDS = ["<pad>", "<bos>", "<eos>", "<unk>", "p", "one", "two", "three", "a", "bb", "ccc"]
 PROMPTS, RESPONSES = ["p one", "p", "p two three one"], [" a bb", " ccc", ""]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf.locks import lock, unlock
-from rlhf.runs import OWNER, RunRecord, read_runs
+from rlhf.runs.records import OWNER, RunRecord, read_runs
+from rlhf.store.locks import lock, unlock
 
 
 def test_a_record_whose_owner_is_gone_is_of_an_interrupted_run(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf.artifacts import Store
 from rlhf.errors import ConfigError
-from rlhf.intervals import Estimate
-from rlhf.runs import find_run
-from rlhf.runs_compared import Compared, Side, as_json, changes, compare, read, side_by_side, stages
+from rlhf.runs.compared import Compared, Side, as_json, changes, compare, read, side_by_side, stages
+from rlhf.runs.records import find_run
+from rlhf.statistics.intervals import Estimate
+from rlhf.store.artifacts import Store
 from tests.rlhf.made_runs import make_run, samples
 
 PROMPTS = [f"prompt {number}" for number in range(60)]

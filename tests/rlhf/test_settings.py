@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from rlhf import settings
+from rlhf.config import load as settings
+from rlhf.config.fields import written
 from rlhf.errors import ConfigError
-from rlhf.schema import written
 
 SMALL = "data: {demonstrations: a.jsonl, preferences: b.jsonl}\nmodel: {init: random}\n"
 

@@ -15,15 +15,18 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from rlhf import adapt, checkpoints, computing, models, sft, training
 from rlhf.errors import StoppedError, TrainingError
+from rlhf.models import adapt, loading
+from rlhf.sft import stage as sft
+from rlhf.store import checkpoints
+from rlhf.training import computing, supervised
 
 STEPS = {"batch_size": 24, "epochs": 2}  # 84 rows: 4 steps an epoch, the last one with 12 rows
 
 
 @pytest.fixture
 def rows(toy: Any) -> list[sft.Row]:
-    return sft.read_rows(train_file(toy), models.load_tokenizer(toy.shared / "prepare/base"))
+    return sft.read_rows(train_file(toy), loading.load_tokenizer(toy.shared / "prepare/base"))
 
 
 def train_file(toy: Any) -> Path:
@@ -32,7 +35,7 @@ def train_file(toy: Any) -> Path:
 
 
 def base(toy: Any) -> Any:
-    return models.load_policy(toy.shared / "prepare/base")
+    return loading.load_policy(toy.shared / "prepare/base")
 
 
 def weights(context: Any) -> bytes:
@@ -54,11 +57,11 @@ def loss_by_hand(model: Any, rows: list[sft.Row]) -> float:
 
 # ------------------------------------------------------------------------------------------------------------- rows
 def test_a_row_is_prompt_response_and_end_of_sequence(toy: Any, rows: list[sft.Row]) -> None:
-    tokenizer = models.load_tokenizer(toy.shared / "prepare/base")
+    tokenizer = loading.load_tokenizer(toy.shared / "prepare/base")
     table = pq.read_table(train_file(toy)).to_pylist()
     assert len(rows) == len(table)
     for row, source in zip(rows, table, strict=True):
-        prompt = models.prompt_token_ids(tokenizer, [source["prompt"]])[0]
+        prompt = loading.prompt_token_ids(tokenizer, [source["prompt"]])[0]
         response = tokenizer(source["response"])["input_ids"]
         assert row.input_ids == [*prompt, *response, tokenizer.eos_token_id]
         assert row.labels == [*[-100] * len(prompt), *response, tokenizer.eos_token_id]
@@ -96,7 +99,7 @@ def test_first_step_is_that_of_a_hand_loop(toy: Any, rows: list[sft.Row], micro:
     finals = sft.run(context)
 
     model = base(toy)
-    sampler = training.LengthGroupedSampler([len(row.input_ids) for row in rows], 24, seed=3)
+    sampler = supervised.LengthGroupedSampler([len(row.input_ids) for row in rows], 24, seed=3)
     batch = [rows[i] for i in list(sampler)[:24]]
     total = sum(
         F.cross_entropy(model(input_ids=torch.tensor([ids])).logits[0, :-1], torch.tensor(labels[1:]), reduction="sum")
@@ -114,7 +117,7 @@ def test_first_step_is_that_of_a_hand_loop(toy: Any, rows: list[sft.Row], micro:
         {"sft/loss": loss.item(), "sft/grad_norm": norm.item(), "sft/learning_rate": 1e-2}, rel=1e-4
     )
     assert finals["sft/final_loss"] == logged["sft/loss"]
-    trained = models.load_policy(context.out / "model")
+    trained = loading.load_policy(context.out / "model")
     for (name, mine), theirs in zip(model.named_parameters(), trained.parameters(), strict=True):
         assert torch.allclose(mine, theirs, atol=2e-5), name
 
@@ -140,9 +143,9 @@ def test_learns_and_reports(toy: Any, rows: list[sft.Row], capfd: pytest.Capture
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""
 
-    tokenizer = models.load_tokenizer(context.out / "model")
+    tokenizer = loading.load_tokenizer(context.out / "model")
     held_out = sft.read_rows(toy.shared / "prepare/demonstrations/validation.parquet", tokenizer)
-    before, after = (loss_by_hand(model, held_out) for model in (base(toy), models.load_policy(context.out / "model")))
+    before, after = (loss_by_hand(model, held_out) for model in (base(toy), loading.load_policy(context.out / "model")))
     assert before == pytest.approx(math.log(270), rel=0.1)  # of 270 tokens, it knows nothing
     assert after < before - 2
     assert finals["sft/validation_loss"] == pytest.approx(after, rel=1e-5)
@@ -195,7 +198,7 @@ def test_resumes_bit_identically_from_an_end_at_any_step(
     dropout: Any, uninterrupted: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     starts = []
-    monkeypatch.setattr(training.log, "info", lambda message, *args: starts.append(args[-1]))
+    monkeypatch.setattr(supervised.log, "info", lambda message, *args: starts.append(args[-1]))
     for step in range(1, 9):
         run = f"killed at {step}"
         with pytest.raises(KeyboardInterrupt):
@@ -276,7 +279,7 @@ def test_lora_is_merged_into_the_saved_model(toy: Any, monkeypatch: pytest.Monke
     monkeypatch.setattr(adapt, "merge_lora", merge)
     context = toy.context("sft", sft={"max_steps": 4}, model={"lora_rank": 2})
     finals = sft.run(context)
-    saved = models.load_policy(context.out / "model")
+    saved = loading.load_policy(context.out / "model")
     assert torch.allclose(saved(input_ids=ids).logits, adapted[0], atol=1e-5)
     assert not torch.allclose(saved(input_ids=ids).logits, base(toy)(input_ids=ids).logits, atol=1e-3)
     assert torch.equal(saved.transformer.wte.weight, base(toy).transformer.wte.weight)  # no adapter there

@@ -11,12 +11,14 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration, modeling_utils
 
-from rlhf import adapt, computing, models, sft, training
-from rlhf.config import Model
+from rlhf.config.pipeline import Model
+from rlhf.models import adapt, loading
 from rlhf.ppo.checks import check_policy
 from rlhf.ppo.policy import Policy
 from rlhf.ppo.sequences import Sequences
-from rlhf.random_weights import random_model
+from rlhf.prepare.random_weights import random_model
+from rlhf.sft import stage as sft
+from rlhf.training import computing, supervised
 
 STEPS = {"batch_size": 24, "epochs": 2}  # 84 rows: 4 steps an epoch, the last one with 12 rows
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id")
@@ -45,14 +47,14 @@ def pair(request: pytest.FixtureRequest, toy: Any, tmp_path: Path) -> Any:
 
 def with_model(kind: str, toy: Any, place: Path, dropout: float = 0.0) -> Any:
     shared = shutil.copytree(toy.shared, place / "shared")
-    tokenizer = models.load_tokenizer(shared / "prepare/base")
+    tokenizer = loading.load_tokenizer(shared / "prepare/base")
     shutil.rmtree(shared / "prepare/base")
-    models.save(make(kind, tokenizer, dropout), tokenizer, shared / "prepare/base")
+    loading.save(make(kind, tokenizer, dropout), tokenizer, shared / "prepare/base")
     return type(toy)(shared, place)
 
 
 def base(toy: Any) -> Any:
-    return models.load_policy(toy.shared / "prepare/base")
+    return loading.load_policy(toy.shared / "prepare/base")
 
 
 def weights(context: Any) -> bytes:
@@ -62,7 +64,7 @@ def weights(context: Any) -> bytes:
 
 def examples(toy: Any, split: str = "train") -> list[tuple[list[int], list[int]]]:
     """Prompt ids and response ids, tokenized by hand."""
-    tokenizer = models.load_tokenizer(toy.shared / "prepare/base")
+    tokenizer = loading.load_tokenizer(toy.shared / "prepare/base")
     table = pq.read_table(toy.shared / f"prepare/demonstrations/{split}.parquet").to_pylist()
     return [
         (tokenizer(row["prompt"])["input_ids"], [*tokenizer(row["response"])["input_ids"], tokenizer.eos_token_id])
@@ -84,7 +86,7 @@ def mean_loss(model: Any, rows: list[tuple[list[int], list[int]]]) -> float:
 
 # ------------------------------------------------------------------------------------------------------------- loss
 def test_rows_are_what_a_rollout_has(pair: Any) -> None:
-    tokenizer = models.load_tokenizer(pair.shared / "prepare/base")
+    tokenizer = loading.load_tokenizer(pair.shared / "prepare/base")
     rows = sft.read_rows(pair.shared / "prepare/demonstrations/train.parquet", tokenizer, encoder=True)
     assert rows == examples(pair)
     assert all(row.labels[-1] == tokenizer.eos_token_id == tokenizer.pad_token_id for row in rows)
@@ -101,7 +103,7 @@ def test_loss_is_that_of_ppos_logprobs(pair: Any) -> None:
     """What SFT raises is what PPO's ratio is of: the probability of the same tokens after the same beginnings."""
     prompts, responses = zip(*examples(pair)[:8], strict=True)
     lengths = [torch.tensor([len(row) for row in part]) for part in (prompts, responses)]
-    ids = [training.padded(part, 7) for part in (prompts, responses)]
+    ids = [supervised.padded(part, 7) for part in (prompts, responses)]
     found = Policy(base(pair))(Sequences(ids[0], lengths[0], ids[1], lengths[1]), 1.0).logprobs
     inputs = sft.collate([sft.Row(*row)._asdict() for row in zip(prompts, responses, strict=True)])
     total, count = sft.response_loss(base(pair), inputs)
@@ -116,7 +118,7 @@ def test_first_step_is_that_of_a_hand_loop(pair: Any, micro: int) -> None:
     sft.run(context)
 
     model, rows = base(pair), examples(pair)
-    sampler = training.LengthGroupedSampler([len(prompt) + len(response) for prompt, response in rows], 24, seed=3)
+    sampler = supervised.LengthGroupedSampler([len(prompt) + len(response) for prompt, response in rows], 24, seed=3)
     batch = [rows[i] for i in list(sampler)[:24]]
     loss = sum(row_loss(model, *row) for row in batch) / sum(len(response) for _, response in batch)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
@@ -130,7 +132,7 @@ def test_first_step_is_that_of_a_hand_loop(pair: Any, micro: int) -> None:
         {"sft/loss": loss.item(), "sft/grad_norm": norm.item(), "sft/learning_rate": 1e-2}, rel=1e-4
     )
     gradients = [p.grad for p in model.parameters()]
-    trained = models.load_policy(context.out / "model")
+    trained = loading.load_policy(context.out / "model")
     for (name, mine), theirs, gradient in zip(model.named_parameters(), trained.parameters(), gradients, strict=True):
         sure = gradient.abs() > 1e-5  # Adam's first step is the sign: of a gradient near 0 it is chance
         assert torch.allclose(mine[sure], theirs[sure], atol=2e-5), name
@@ -149,7 +151,7 @@ def test_learns_to_copy_and_every_later_stage_opens_it(pair: Any, capfd: pytest.
     assert finals["sft/tokens"] == sum(len(response) for _, response in examples(pair))
     assert finals["sft/trainable_parameters"] == sum(parameter.numel() for parameter in model.parameters())
     assert [path.name for path in context.out.iterdir()] == ["model"]
-    check_policy(Policy(models.load_policy(context.out / "model").eval()))
+    check_policy(Policy(loading.load_policy(context.out / "model").eval()))
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
@@ -178,7 +180,7 @@ def test_lora_is_merged_into_the_saved_model(pair: Any, monkeypatch: pytest.Monk
     monkeypatch.setattr(adapt, "merge_lora", merge)
     context = pair.context("sft", sft={"max_steps": 4}, model={"lora_rank": 2})
     finals = sft.run(context)
-    saved = models.load_policy(context.out / "model")
+    saved = loading.load_policy(context.out / "model")
     assert torch.allclose(saved(**inputs).logits, adapted[0], atol=1e-5)
     assert not torch.allclose(saved(**inputs).logits, base(pair)(**inputs).logits, atol=1e-3)
     assert finals["sft/trainable_parameters"] < computing.trainable_parameters(base(pair)) / 2
@@ -206,7 +208,7 @@ def test_gradient_checkpointing_changes_nothing(
         context = pair.context("sft", run=f"checkpointing {on}", sft=section, model=model)
         sft.run(context)
         used.append(len(calls))
-        found.append((pair.curves(f"checkpointing {on}"), models.load_policy(context.out / "model").state_dict()))
+        found.append((pair.curves(f"checkpointing {on}"), loading.load_policy(context.out / "model").state_dict()))
     layers = {"gpt2": 2, "t5": 2, "bart": 2}[kind]  # an encoder-decoder has one in each half
     assert used == [0, 3 * layers]
     (curves, one), (others, other) = found

@@ -15,11 +15,11 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from rlhf import shared_store
-from rlhf.artifacts import JOURNAL, Manifest, Store, make_manifest
 from rlhf.errors import ArtifactError, StorageError
-from rlhf.locks import locked
-from rlhf.stores import SharingStore
+from rlhf.store import shared as shared_store
+from rlhf.store.artifacts import JOURNAL, Manifest, Store, make_manifest
+from rlhf.store.locks import locked
+from rlhf.store.opening import SharingStore
 
 PLACE = ("sft", "k1")
 

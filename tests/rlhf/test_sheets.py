@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlhf import sheets, verdicts
-from rlhf.artifacts import Store
 from rlhf.errors import ArtifactError, ConfigError, DataError, NotCachedError
-from rlhf.runs import RunRecord
-from rlhf.sheets import COLUMNS, Sheet, guarded, unguarded
+from rlhf.feedback import sheets, verdicts
+from rlhf.feedback.sheets import COLUMNS, Sheet, guarded, unguarded
+from rlhf.runs.records import RunRecord
+from rlhf.store.artifacts import Store
 from tests.rlhf.made_runs import make_run, samples
 
 PROMPTS = [f"prompt {number}" for number in range(40)]

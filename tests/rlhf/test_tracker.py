@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import ArtifactError
-from rlhf.tracker import Entry, JournalTracker, Listener, NullTracker, Progress, read_journal
+from rlhf.tracking.tracker import Entry, JournalTracker, Listener, NullTracker, Progress, read_journal
 
 
 def steps(path: Path) -> list[int]:
@@ -169,7 +169,7 @@ def test_many_threads_log_whole_lines(tmp_path: Path) -> None:
 def test_everything_logged_survives_kill_9(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     code = (
-        "import sys; from pathlib import Path; from rlhf.tracker import JournalTracker\n"
+        "import sys; from pathlib import Path; from rlhf.tracking.tracker import JournalTracker\n"
         "tracker = JournalTracker(Path(sys.argv[1])); step = 0\n"
         "while True:\n"
         "    tracker.log({'a': 1.0}, step); print(step, flush=True); step += 1\n"

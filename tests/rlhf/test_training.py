@@ -14,17 +14,18 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from rlhf import checkpoints, computing, training
-from rlhf.callback import MARK, PipelineCallback
-from rlhf.config import Resources
+from rlhf.config.pipeline import Resources
 from rlhf.errors import ConfigError, TrainingError
-from rlhf.tracker import JournalTracker
+from rlhf.store import checkpoints
+from rlhf.tracking.tracker import JournalTracker
+from rlhf.training import computing, supervised
+from rlhf.training.callback import MARK, PipelineCallback
 
 LENGTHS = random.Random(0).choices(range(5, 100), k=333)
 
 
 def order(epoch: int = 0, seed: int = 0, batch_size: int = 4) -> list[int]:
-    sampler = training.LengthGroupedSampler(LENGTHS, batch_size, seed)
+    sampler = supervised.LengthGroupedSampler(LENGTHS, batch_size, seed)
     sampler.set_epoch(epoch)
     return list(sampler)
 
@@ -57,12 +58,12 @@ def test_batches_are_not_in_the_order_of_their_lengths() -> None:
 
 
 def test_batches_by_length() -> None:
-    batches = list(training.batches_by_length([[0] * n for n in (1, 3, 2, 5, 4)], 2))
+    batches = list(supervised.batches_by_length([[0] * n for n in (1, 3, 2, 5, 4)], 2))
     assert batches == [[3, 4], [1, 2], [0]]
 
 
 def test_padded() -> None:
-    assert training.padded([[1, 2, 3], [4]], 9).tolist() == [[1, 2, 3], [4, 9, 9]]
+    assert supervised.padded([[1, 2, 3], [4]], 9).tolist() == [[1, 2, 3], [4, 9, 9]]
 
 
 # -------------------------------------------------------------------------------------------------------- resources
@@ -112,7 +113,7 @@ def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 # -------------------------------------------------------------------------------------------------------- arguments
 def arguments(toy: Any, **section: Any) -> TrainingArguments:
     context = toy.context("sft", sft=section)
-    return training.training_arguments(TrainingArguments, context.config.sft, context)
+    return supervised.training_arguments(TrainingArguments, context.config.sft, context)
 
 
 def test_the_configuration_reaches_the_trainer(toy: Any) -> None:
@@ -223,7 +224,7 @@ def test_resume_goes_back_to_the_last_good_checkpoint_and_its_journal(toy: Any) 
     (context.checkpoints / "checkpoint-4" / MARK).write_text(json.dumps({"mark": 0}))  # torn
 
     again = toy.context("sft", tracker=JournalTracker(toy.journal()))
-    assert training.resume_from(again) == context.checkpoints / "checkpoint-3"
+    assert supervised.resume_from(again) == context.checkpoints / "checkpoint-3"
     assert [path.name for path in context.checkpoints.iterdir()] == ["checkpoint-3"]
     assert [step for step, _ in toy.curves()] == [1, 2, 3]
 
@@ -231,7 +232,7 @@ def test_resume_goes_back_to_the_last_good_checkpoint_and_its_journal(toy: Any) 
 def test_without_a_checkpoint_there_is_nothing_to_resume(toy: Any) -> None:
     context = toy.context("sft")
     (context.checkpoints / "checkpoint-1").mkdir()
-    assert training.resume_from(context) is None
+    assert supervised.resume_from(context) is None
     assert checkpoints.latest(context.checkpoints) is None
     assert list(context.checkpoints.iterdir()) == []
 

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
 
-from rlhf import models
-from rlhf.config import PipelineConfig
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.context import Context
 from rlhf.errors import DataError
+from rlhf.models import loading
 from rlhf.stages import STAGES, enabled_stages
-from rlhf.tracker import JournalTracker
+from rlhf.tracking.tracker import JournalTracker
 
 WORDS = ["ant", "bee", "cat", "dog", "eel", "fox"]
 REWARD = "def brevity(prompts, responses):\n    return [-float(len(response)) for response in responses]\n"
@@ -93,14 +93,14 @@ def test_frozen_weights_in_bf16_go_all_the_way(
     run: Callable[..., Finals], architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = []
-    original = models._load_weights
+    original = loading._load_weights
 
     def spy(*arguments: Any, **options: Any) -> Any:
         model = original(*arguments, **options)
         loaded.append(model.dtype)
         return model
 
-    monkeypatch.setattr(models, "_load_weights", spy)
+    monkeypatch.setattr(loading, "_load_weights", spy)
     finals = run(with_reward_model=True, architecture=architecture, lora_rank=2, dtype="bfloat16")
     assert set(loaded) == {torch.bfloat16}
     assert finals["sft/validation_loss"] < math.log(270)

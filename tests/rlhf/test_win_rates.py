@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from rlhf import intervals
-from rlhf.intervals import length_controlled_win_rate
+from rlhf.statistics import intervals
+from rlhf.statistics.intervals import length_controlled_win_rate
 
 SURE = {"confidence": 0.95, "resamples": 300, "seed": 0}
 

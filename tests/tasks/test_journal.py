@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf.errors import ArtifactError
-from rlhf.tracker import JournalTracker
+from rlhf.tracking.tracker import JournalTracker
 from tasks.journal import JOURNAL, PARENT, RunJournal, end_if_abandoned, operations, owner_lives
 
 ROOT = Path(__file__).parents[2]

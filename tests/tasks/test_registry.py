@@ -19,13 +19,14 @@ from mlflow import MlflowClient
 from transformers import PreTrainedTokenizerFast
 
 from flows.server import free_port
-from rlhf import champion, models
-from rlhf.artifacts import Store, make_manifest
-from rlhf.champion import Considered, Contender
-from rlhf.config import PipelineConfig
-from rlhf.data.tokens import train_tokenizer
+from rlhf.champions import history as champion
+from rlhf.champions.history import Considered, Contender
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import ArtifactError, ConfigError
-from rlhf.random_weights import random_model
+from rlhf.models import loading
+from rlhf.prepare.random_weights import random_model
+from rlhf.prepare.tokens import train_tokenizer
+from rlhf.store.artifacts import Store, make_manifest
 from tasks import registry, tracking
 from tasks.journal import RunJournal
 from tasks.mlflow_server import connect, default_uri
@@ -80,7 +81,7 @@ def finished(store: Store, tokenizer: PreTrainedTokenizerFast) -> Any:
                     out.mkdir(parents=True)
                     torch.manual_seed(seed)
                     if stage in ("sft", "reward", "ppo"):
-                        models.save(random_model(config.model, tokenizer), tokenizer, out / "model")
+                        loading.save(random_model(config.model, tokenizer), tokenizer, out / "model")
                     about = {"stage": stage, "key": key, "ingredients": {}, "metrics": METRICS.get(stage, {})}
                     store.publish(out, make_manifest(out, **about))
                 manifest = store.open(stage, key)
@@ -190,7 +191,7 @@ def test_the_note_of_a_run_says_what_was_asked_and_what_it_came_to(finished: Any
         "[link](http://prefect)",
         "The gate: refused. the KL is over the budget",
     ]
-    assert parent.data.tags["rlhf.gate"] == "refused"
+    assert parent.data.tags["rlhf.champions.gate"] == "refused"
     [version] = client.search_model_versions("name = 'tiny'")
     assert (version.tags["gate"], version.tags["gate.why"]) == ("refused", "the KL is over the budget")
 

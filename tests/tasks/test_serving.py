@@ -32,10 +32,10 @@ from transformers import (
 )
 
 from flows.server import free_port
-from rlhf import adapt, models
-from rlhf.generate import Sampling, respond
-from rlhf.policies import Place
+from rlhf.models import adapt, loading
 from rlhf.rewards import RewardModel
+from rlhf.runs.generate import Sampling, respond
+from rlhf.runs.policies import Place
 from tasks.journal import RunJournal
 from tasks.mlflow_files import log_model
 from tasks.mlflow_server import connect, default_uri
@@ -175,7 +175,7 @@ def test_an_encoder_reads_what_it_read_in_training(store: str, tmp_path: Path) -
     """Its tokenizer ends a text with [SEP] itself; another end would be a token that it never saw."""
     path = TinyBert(tmp_path)(BertForSequenceClassification, num_labels=1, score_mean=0.3, score_std=0.5)
     prompts, responses = ["one ant", "two", "three bee cat"], [" a bb", " ccc .", " dog"]
-    scorer = RewardModel(models.load_reward_model(path).eval(), models.load_tokenizer(path))
+    scorer = RewardModel(loading.load_reward_model(path).eval(), loading.load_tokenizer(path))
     expected = scorer(prompts, responses, {})
     served = load(store, path, "encoder-digest", "reward")
     assert served.predict(pd.DataFrame({"prompt": prompts, "response": responses})) == pytest.approx(expected, abs=1e-5)
@@ -300,7 +300,7 @@ def make_policy(kind: str, tokenizer: PreTrainedTokenizerFast, path: Path) -> No
                 if "lora_B" in name:  # zero at first, so that nothing would be merged
                     weight.normal_()
         model = adapt.merge_lora(model)
-    models.save(model, tokenizer, path)
+    loading.save(model, tokenizer, path)
 
 
 @pytest.mark.slow
@@ -324,7 +324,7 @@ def test_a_served_champion_answers_as_rlhf_generate_does(
 @pytest.mark.timeout(600)
 def test_a_served_reward_model_scores(store: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = make_reward_model(tokenizer, tmp_path / "model")
-    scorer = RewardModel(models.load_reward_model(path).eval(), models.load_tokenizer(path))
+    scorer = RewardModel(loading.load_reward_model(path).eval(), loading.load_tokenizer(path))
     rows = [list(row) for row in zip(PROMPTS, RESPONSES, strict=True)]
     with serving(store, registered(store, path, "served-reward", tmp_path), tmp_path) as address:
         request = {"dataframe_split": {"columns": ["prompt", "response"], "data": rows}}

@@ -20,7 +20,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from rlhf.tracker import JournalTracker
+from rlhf.tracking.tracker import JournalTracker
 from tasks import shipper
 from tasks.journal import PARENT, RunJournal
 from tasks.mlflow_server import connect, default_uri

@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from rlhf.retry import LONGEST_SECONDS
+from rlhf.store.retry import LONGEST_SECONDS
 from tasks import prefect_server, slots
 from tasks.prefect_server import patiently
 from tasks.slots import LEASE_SECONDS

@@ -12,7 +12,7 @@ from types import FrameType
 import pytest
 
 from rlhf.errors import StoppedError, TrainingError
-from rlhf.stopping import Stop
+from rlhf.tracking.stopping import Stop
 from tasks.stopping import gently
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT)

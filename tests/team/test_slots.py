@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from rlhf.config import PipelineConfig
-from rlhf.runs import read_runs
+from rlhf.config.pipeline import PipelineConfig
+from rlhf.runs.records import read_runs
 from tasks.slots import takes_slot
 from tests.team.conftest import Up, wait_for
 

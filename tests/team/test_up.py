@@ -20,7 +20,7 @@ import pytest
 from flows.deployments import shipped
 from flows.heartbeats import ENVIRONMENT, FOUND, LOST
 from flows.reaper import PAUSED
-from rlhf import checkpoints
+from rlhf.store import checkpoints
 from tests.team.conftest import Up, started, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

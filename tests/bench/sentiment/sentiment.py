@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf import adapt, models
+from rlhf.models import adapt, loading
 from rlhf.ppo import batching
 from rlhf.ppo.policy import Policy, exact_kl
 from rlhf.ppo.rollout import collect, per_token
@@ -84,9 +84,9 @@ def out_folder() -> Path:
 @cache
 def reward_model(out: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The classifier of the reward and its tokenizer."""
-    model = models.load_reward_model(out / "reward").eval().requires_grad_(False)
+    model = loading.load_reward_model(out / "reward").eval().requires_grad_(False)
     adapt.fuse_gelu(model)
-    return model, models.load_tokenizer(out / "reward")
+    return model, loading.load_tokenizer(out / "reward")
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def at_every_token(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Log-odds (B, T) of negative after each token. Padding is on the right, where causal attention does not look."""
     seen = torch.ones_like(ids)
     hidden = model.base_model(input_ids=ids, attention_mask=seen, use_cache=False).last_hidden_state
-    return models.score_head(model)(hidden)[..., 0]
+    return loading.score_head(model)(hidden)[..., 0]
 
 
 def train_reward(
@@ -149,7 +149,7 @@ def prepare(args: argparse.Namespace) -> dict[str, float]:
     """Write our half of the reviews, prompts, held-out prompts and both classifiers; return their accuracies."""
     torch.manual_seed(0)
     args.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = models.load_tokenizer(args.model)
+    tokenizer = loading.load_tokenizer(args.model)
     reviews = pd.read_parquet(args.imdb_train).sample(frac=1, random_state=0)
     ours, other = reviews[: len(reviews) // 2], reviews[len(reviews) // 2 :]
     held_out = pd.read_parquet(args.imdb_validation).sample(frac=1, random_state=0)
@@ -166,9 +166,9 @@ def prepare(args: argparse.Namespace) -> dict[str, float]:
     judge.fit(other.text, other.label == 0)
     joblib.dump(judge, args.out / "judge.joblib")
 
-    model = models.reward_from_policy(args.model)
+    model = loading.reward_from_policy(args.model)
     train_reward(model, rows, torch.tensor((ours.label == 0).to_numpy(), dtype=torch.float32))
-    models.save(model, tokenizer, args.out / "reward")
+    loading.save(model, tokenizer, args.out / "reward")
     return accuracies(judge, model.eval(), tokenizer, held_out)
 
 
@@ -210,8 +210,8 @@ def accuracies(
 def measure(args: argparse.Namespace) -> dict[str, float]:
     """Both policies on the held-out prompts; the texts go to ``samples.jsonl`` beside ``--out``'s other files."""
     prompts = pd.read_parquet(args.out / "held_out.parquet").prompt.tolist()
-    tokenizer = models.load_tokenizer(args.before)
-    before, after = (Policy(models.load_policy(path).eval()) for path in (args.before, args.after))
+    tokenizer = loading.load_tokenizer(args.before)
+    before, after = (Policy(loading.load_policy(path).eval()) for path in (args.before, args.after))
     texts = {"before": continue_all(before, before, tokenizer, prompts)[0]}
     texts["after"], kl = continue_all(after, before, tokenizer, prompts)
     pd.DataFrame({"prompt": prompts, **texts}).to_json(args.out / "samples.jsonl", orient="records", lines=True)
@@ -233,7 +233,7 @@ def continue_all(
     policy: Policy, reference: Policy, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]
 ) -> tuple[list[str], Tensor]:
     """A sampled continuation of each prompt, and the exact KL to the reference in nats per sequence (B,)."""
-    ids = models.prompt_token_ids(tokenizer, prompts)
+    ids = loading.prompt_token_ids(tokenizer, prompts)
     uniforms = torch.rand(len(prompts), NEW_TOKENS, generator=torch.Generator().manual_seed(0))
     rows = batching.Prompts(prompts, ids, {})
     made = collect(policy, tokenizer, rows, uniforms, TEMPERATURE, torch.device("cpu"))

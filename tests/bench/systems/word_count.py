@@ -25,8 +25,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from rlhf.metrics.words import word_count
 from rlhf.rewards.builtin import exact_word_count
-from rlhf.text import word_count
 
 OPENING = 3  # words of a sentence that the prompt gives
 TARGETS = range(5, 17)  # words that are asked for

@@ -33,10 +33,10 @@ def peak_resident_bytes() -> int:
 
 def main() -> None:
     rows, folder = int(sys.argv[1]), Path(sys.argv[2])
-    from rlhf.config import PipelineConfig
+    from rlhf.config.pipeline import PipelineConfig
     from rlhf.context import Context
-    from rlhf.prepare import run
-    from rlhf.tracker import NullTracker
+    from rlhf.prepare.stage import run
+    from rlhf.tracking.tracker import NullTracker
 
     generate(folder / "large.csv", rows)
     config = PipelineConfig.model_validate({

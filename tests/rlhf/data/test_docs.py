@@ -12,10 +12,11 @@ import pytest
 import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf import models, settings
-from rlhf.config import PipelineConfig
-from rlhf.data.tokens import train_tokenizer
-from rlhf.prepare import check
+from rlhf.config import load as settings
+from rlhf.config.pipeline import PipelineConfig
+from rlhf.models import loading
+from rlhf.prepare.stage import check
+from rlhf.prepare.tokens import train_tokenizer
 
 DOCS = Path(__file__).parents[3] / "docs" / "data.md"
 OFF: dict[str, Any] = dict.fromkeys(("sft", "judge", "reward", "ppo", "evaluate"), "off")
@@ -44,7 +45,7 @@ def project(tmp_path: Path) -> Path:
     model = GPT2LMHeadModel(
         GPT2Config(n_layer=1, n_embd=8, n_head=2, n_positions=128, vocab_size=len(tokenizer), **ends)
     )
-    models.save(model, tokenizer, tmp_path / "model")
+    loading.save(model, tokenizer, tmp_path / "model")
     (tmp_path / "support.yaml").write_text(blocks("yaml")[0])
     return tmp_path / "support.yaml"
 

@@ -9,11 +9,11 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 from transformers import BartConfig
 
-from rlhf import models
-from rlhf.config import PipelineConfig
-from rlhf.data.tokens import END, context_length, train_tokenizer
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import ConfigError
-from rlhf.prepare import check
+from rlhf.models import loading
+from rlhf.prepare.stage import check
+from rlhf.prepare.tokens import END, context_length, train_tokenizer
 
 CONTEXT = 16
 OFF: dict[str, Any] = dict.fromkeys(("sft", "judge", "reward", "evaluate"), "off")
@@ -41,10 +41,10 @@ def config(model: Path, rows: list[dict[str, str]], **ppo: Any) -> PipelineConfi
 
 
 def test_each_half_has_the_context(bart: Path) -> None:
-    tokenizer, policy = models.load_tokenizer(bart), models.load_config(bart)
+    tokenizer, policy = loading.load_tokenizer(bart), loading.load_config(bart)
     rows = [{"prompt": "p" * p, "response": "r" * r} for p in (13, 14, 15) for r in (14, 15, 16)]
-    read = models.prompt_token_ids(tokenizer, [row["prompt"] for row in rows], encoder=True)
-    fit = [models.fits(policy, len(ids), len(row["response"]) + 1) for ids, row in zip(read, rows, strict=True)]
+    read = loading.prompt_token_ids(tokenizer, [row["prompt"] for row in rows], encoder=True)
+    fit = [loading.fits(policy, len(ids), len(row["response"]) + 1) for ids, row in zip(read, rows, strict=True)]
     sized = check(config(bart, rows)).kinds["demonstrations"]
     assert (sized.kept, sized.lost["too_long"]) == (sum(fit), len(rows) - sum(fit)) == (4, 5)
     assert sized.tokens["prompt"]["max"] == CONTEXT

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rlhf.data import json_array
-from rlhf.data.json_array import array_items
+from rlhf.prepare import json_array
+from rlhf.prepare.json_array import array_items
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),

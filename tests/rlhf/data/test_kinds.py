@@ -9,15 +9,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf.config import PipelineConfig
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.context import Context
-from rlhf.data import chat, computed
-from rlhf.data.settle import split_of
-from rlhf.data.sources import SPLITS
-from rlhf.data.tokens import train_tokenizer
 from rlhf.errors import ConfigError, DataError
-from rlhf.prepare import run
-from rlhf.tracker import NullTracker
+from rlhf.prepare import chat, computed
+from rlhf.prepare.settle import split_of
+from rlhf.prepare.sources import SPLITS
+from rlhf.prepare.stage import run
+from rlhf.prepare.tokens import train_tokenizer
+from rlhf.tracking.tracker import NullTracker
 
 OFF: dict[str, Any] = dict.fromkeys(("sft", "judge", "reward", "ppo", "evaluate"), "off")
 MODEL = {"init": "random", "layers": 1, "width": 8, "heads": 2, "vocab_size": 300, "context": 512}
@@ -333,7 +333,7 @@ def test_a_dataset_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """With the two calls that need a network answered here."""
     import datasets
 
-    from rlhf import hub
+    from rlhf.store import hub
 
     asked: list[Any] = []
 

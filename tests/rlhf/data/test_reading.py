@@ -12,13 +12,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf.config import PipelineConfig
-from rlhf.data.chat import simple_template
-from rlhf.data.formats import ROWS_AT_ONCE
-from rlhf.data.problems import SHOWN, BadRows
-from rlhf.data.reading import Reading
-from rlhf.data.spool import INTERNAL, ROW
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import DataError
+from rlhf.prepare.chat import simple_template
+from rlhf.prepare.formats import ROWS_AT_ONCE
+from rlhf.prepare.problems import SHOWN, BadRows
+from rlhf.prepare.reading import Reading
+from rlhf.prepare.spool import INTERNAL, ROW
 
 RECORDS: list[dict[str, Any]] = [
     {"prompt": "Grüße,\n", "response": 'He said "hi"', "n": 1, "x": 0.5},

@@ -8,8 +8,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from rlhf.data.sizing import _whole_prompts
-from rlhf.data.spool import Written
+from rlhf.prepare.sizing import _whole_prompts
+from rlhf.prepare.spool import Written
 from tests.rlhf.data.test_kinds import Prepared, error_of, write
 
 

@@ -26,16 +26,16 @@ from transformers import (
     T5Config,
 )
 
-from rlhf.adapt import add_lora
-from rlhf.models import score_head
+from rlhf.config.ppo_options import Settings
+from rlhf.models.adapt import add_lora
+from rlhf.models.loading import score_head
 from rlhf.ppo.batching import Prompts
 from rlhf.ppo.core import Running
 from rlhf.ppo.policy import Policy, ValueModel, zero_head
 from rlhf.ppo.sequences import Sequences
-from rlhf.ppo.settings import Settings
 from rlhf.ppo.trainer import Trainer
 from rlhf.rewards import FunctionScorer, Rewards
-from rlhf.tracker import NullTracker
+from rlhf.tracking.tracker import NullTracker
 
 ARCHITECTURES = ("gpt2", "llama", "falcon", "gpt_bigcode", "t5")
 SPREAD = {"gpt2": 8.0, "llama": 8.0, "falcon": 8.0, "gpt_bigcode": 8.0, "t5": 1.0}  # of random weights

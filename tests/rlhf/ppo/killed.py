@@ -11,7 +11,7 @@ from typing import Any
 
 from conftest import new_trainer
 
-from rlhf import checkpoints
+from rlhf.store import checkpoints
 
 
 def kill(*arguments: Any, **options: Any) -> None:

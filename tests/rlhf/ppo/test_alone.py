@@ -13,7 +13,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 import rlhf.ppo
-from rlhf import models
+from rlhf.models import loading
 
 ROOT = Path(__file__).parents[3]
 
@@ -27,7 +27,7 @@ def example() -> str:
 
 def test_the_example_runs_as_it_stands(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a local model where it names one of the hub, and fewer updates."""
-    models.save(tiny.policy_model(), tiny.tokenizer(), tmp_path / "gpt2")
+    loading.save(tiny.policy_model(), tiny.tokenizer(), tmp_path / "gpt2")
     monkeypatch.chdir(tmp_path)
     code = example().replace("updates=50, episodes=64", "updates=2, episodes=4, max_new_tokens=8")
     assert "updates=2" in code

@@ -31,7 +31,7 @@ from transformers import (
     T5Config,
 )
 
-from rlhf.adapt import add_lora
+from rlhf.models.adapt import add_lora
 from rlhf.ppo.batching import Prompts
 from rlhf.ppo.generation import generate
 from rlhf.ppo.policy import Policy, ValueModel, zero_head

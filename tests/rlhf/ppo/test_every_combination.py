@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from rlhf.config import Ppo
+from rlhf.config.pipeline import Ppo
+from rlhf.config.ppo_options import Settings
 from rlhf.errors import ConfigError
 from rlhf.ppo.policy import zero_head
-from rlhf.ppo.settings import Settings
 from rlhf.ppo.trainer import Trainer
 from rlhf.rewards import FunctionScorer, RewardModel, Rewards
 

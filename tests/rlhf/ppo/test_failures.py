@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf import checkpoints
 from rlhf.errors import ConfigError, RewardError, TrainingError
 from rlhf.ppo import core
 from rlhf.ppo.trainer import Trainer
 from rlhf.rewards import Rewards
+from rlhf.store import checkpoints
 
 ARCHITECTURES = ["gpt2", "llama", "falcon", "gpt_bigcode", "t5"]
 KINDS = list(itertools.product(ARCHITECTURES, [0, 2]))

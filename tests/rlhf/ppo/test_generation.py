@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
-from rlhf.adapt import add_lora
+from rlhf.config.ppo_options import Generation
+from rlhf.models.adapt import add_lora
 from rlhf.ppo import generation
 from rlhf.ppo.batching import pad
 from rlhf.ppo.decoding import allows_static
 from rlhf.ppo.generation import Generated, generate, sample
 from rlhf.ppo.policy import Policy
 from rlhf.ppo.sequences import Sequences
-from rlhf.ppo.settings import Generation
 
 ARCHITECTURES = ["gpt2", "llama", "falcon", "gpt_bigcode", "t5"]
 BACKENDS = ["dynamic", "static", "transformers"]

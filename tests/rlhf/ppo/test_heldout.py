@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from rlhf.errors import ArtifactError, ConfigError, RewardError, TrainingError
-from rlhf.ppo import heldout, state
+from rlhf.ppo import state, validation
 from rlhf.ppo.batching import generator
-from rlhf.ppo.heldout import Best
 from rlhf.ppo.policy import exact_kl
 from rlhf.ppo.rollout import collect
 from rlhf.ppo.sequences import unpack
 from rlhf.ppo.trainer import Trainer
+from rlhf.ppo.validation import Best
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -93,7 +93,7 @@ def test_the_policy_before_the_first_update_is_evaluated_too(make_trainer: MakeT
     finals = trainer.train()
     rows = trainer.progress.evaluations
     assert [row["update"] for row in rows] == [0, 3, 6, 7]
-    assert len(rows) == heldout.planned(trainer.settings)
+    assert len(rows) == validation.planned(trainer.settings)
     assert rows[0]["kl"] == pytest.approx(0.0, abs=1e-6)
     assert trainer.tracker.points[0][0] == 0
     assert evaluations(trainer) == {row["update"]: {k: v for k, v in row.items() if k != "update"} for row in rows}
@@ -119,7 +119,7 @@ def test_the_policy_before_the_first_update_is_evaluated_too(make_trainer: MakeT
 def test_the_best_is_the_held_out_judges_where_nothing_else_is_asked_for(
     given: str | None, judges: list[str], expected: str, tiny: Any
 ) -> None:
-    found = heldout.best_metric(tiny.settings(eval_every=1, best_metric=given), dict.fromkeys(judges, len))
+    found = validation.best_metric(tiny.settings(eval_every=1, best_metric=given), dict.fromkeys(judges, len))
     assert found == expected
 
 
@@ -142,7 +142,7 @@ def test_a_training_that_made_nothing_better_says_so(
     assert "no policy has more of score than the one before training" in caplog.text
     caplog.clear()
     rows, best = trainer.progress.evaluations, Best(1, trainer.progress.evaluations[0]["score"] + 0.1, 0.0)
-    heldout.warn_if_no_better(rows, "score", best)
+    validation.warn_if_no_better(rows, "score", best)
     assert not caplog.text
 
 
@@ -152,7 +152,7 @@ def test_the_best_policy_is_what_remains(lora: int, make_trainer: MakeTrainer, t
     at: dict[int, dict[str, torch.Tensor]] = {}
     trainer = make_trainer(lora=lora, updates=5, eval_every=1, checkpoint_every=2)
     scores = iter([1.5, 0.1, 0.9, 0.5, 0.9, 0.3])  # that before training does not count; a tie goes to the earlier one
-    measure = heldout.measure
+    measure = validation.measure
 
     def staged(*arguments: Any) -> dict[str, torch.Tensor]:
         return measure(*arguments) | {"score": torch.full((6,), next(scores), dtype=torch.float64)}
@@ -166,7 +166,7 @@ def test_the_best_policy_is_what_remains(lora: int, make_trainer: MakeTrainer, t
 
     trainer.step = noting  # type: ignore[method-assign]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(heldout, "measure", staged)
+        patch.setattr(validation, "measure", staged)
         finals = trainer.train()
     assert trainer.progress.best == Best(2, pytest.approx(0.9), evaluations(trainer)[2]["kl"])
     assert (finals["ppo/best_update"], finals["ppo/best_score"]) == (2.0, pytest.approx(0.9))
@@ -181,13 +181,13 @@ def test_only_policies_within_the_kl_budget_count(make_trainer: MakeTrainer) -> 
     free.train()
     kls = {update: values["kl"] for update, values in evaluations(free).items()}
     assert kls[1] < kls[3]
-    best = heldout.better({"score": 9.0, "kl": 2.0}, 7, free.settings, "score", None)
+    best = validation.better({"score": 9.0, "kl": 2.0}, 7, free.settings, "score", None)
     assert best == Best(7, 9.0, 2.0)
-    assert heldout.better({"score": 9.0, "kl": 2.0}, 8, free.settings, "score", best) is None
-    assert heldout.better({"score": 9.0, "kl": 2.0}, 0, free.settings, "score", None) is None
+    assert validation.better({"score": 9.0, "kl": 2.0}, 8, free.settings, "score", best) is None
+    assert validation.better({"score": 9.0, "kl": 2.0}, 0, free.settings, "score", None) is None
     tight = make_trainer(eval_every=1, kl_budget=2.0).settings
-    assert heldout.better({"score": 10.0, "kl": 2.1}, 8, tight, "score", best) is None
-    assert heldout.better({"score": 10.0, "kl": 2.0}, 8, tight, "score", best) == Best(8, 10.0, 2.0)
+    assert validation.better({"score": 10.0, "kl": 2.1}, 8, tight, "score", best) is None
+    assert validation.better({"score": 10.0, "kl": 2.0}, 8, tight, "score", best) == Best(8, 10.0, 2.0)
 
 
 def test_without_a_policy_in_the_budget_the_last_one_remains(
@@ -245,7 +245,7 @@ def test_a_policy_kept_by_a_killed_attempt_does_not_take_the_place_of_the_best(
 
     again = make_trainer(eval_every=1, updates=4, checkpoint_every=2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(heldout, "better", lambda *arguments: None)
+        patch.setattr(validation, "better", lambda *arguments: None)
         again.train()
     assert again.progress.best.update == 2
     assert all(torch.equal(weight, tiny.weights(again)[name]) for name, weight in expected.items())

@@ -21,8 +21,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from rlhf.adapt import add_lora
 from rlhf.errors import ModelError
+from rlhf.models.adapt import add_lora
 from rlhf.ppo import policy as module
 from rlhf.ppo.checks import check_policy
 from rlhf.ppo.policy import Policy, ValueModel, exact_kl, zero_head

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf import checkpoints
+from rlhf.store import checkpoints
 
 SCRIPT = Path(__file__).with_name("one_of_two.py")
 OF_ONE_PROCESS = ("ppo/seconds", "ppo/tokens_per_second", "ppo/peak_memory_bytes")

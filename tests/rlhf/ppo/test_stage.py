@@ -16,13 +16,13 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 
-from rlhf import models
-from rlhf.config import PipelineConfig
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.context import Context
 from rlhf.errors import ConfigError, DataError, ModelError
+from rlhf.models import loading
 from rlhf.ppo import stage
-from rlhf.random_weights import random_model
-from rlhf.tracker import NullTracker
+from rlhf.prepare.random_weights import random_model
+from rlhf.tracking.tracker import NullTracker
 
 REWARD = "def length(prompts, responses, reference):\n    return [float(len(r)) for r in responses]\n"
 SMALL: dict[str, Any] = {"updates": 3, "episodes": 8, "epochs": 2, "max_new_tokens": 8, "learning_rate": 1e-3}
@@ -51,9 +51,9 @@ def make(toy: Any, tmp_path: Path) -> Callable[..., Context]:
     pq.write_table(pa.Table.from_pylist(rows), prompts)
     pq.write_table(pa.Table.from_pylist(rows[::-1]), prompts.with_name("validation.parquet"))
     torch.manual_seed(1)
-    reward = models.reward_from_policy(toy.shared / "sft/model")
+    reward = loading.reward_from_policy(toy.shared / "sft/model")
     reward.config.score_mean, reward.config.score_std = 0.25, 1.5
-    models.save(reward, models.load_tokenizer(toy.shared / "sft/model"), shared / "reward/model")
+    loading.save(reward, loading.load_tokenizer(toy.shared / "sft/model"), shared / "reward/model")
     (tmp_path / "my_rewards.py").write_text(REWARD)
 
     def context(run: str = "run", tracker: Any = None, off: tuple[str, ...] = (), **sections: Any) -> Context:
@@ -91,14 +91,14 @@ def test_what_the_stage_writes(rank: int, make: Callable[..., Context], tmp_path
     assert finals["ppo/episodes"] == 24
     assert {"ppo/final_reward_mean", "ppo/final_kl", "ppo/final_score_mean"} <= finals.keys()
 
-    policy = models.load_policy(context.out / "model")
-    value = models.load_reward_model(context.out / "value_model")
+    policy = loading.load_policy(context.out / "model")
+    value = loading.load_reward_model(context.out / "value_model")
     assert value.config.score_mean == 0.25  # from the reward model
-    before = models.load_policy(toy.shared / "sft/model").state_dict()
+    before = loading.load_policy(toy.shared / "sft/model").state_dict()
     assert policy.state_dict().keys() == before.keys()
     assert any(not torch.equal(weight, before[name]) for name, weight in policy.state_dict().items())
-    tokenizer = models.load_tokenizer(context.out / "model")
-    assert tokenizer.get_vocab() == models.load_tokenizer(toy.shared / "sft/model").get_vocab()
+    tokenizer = loading.load_tokenizer(context.out / "model")
+    assert tokenizer.get_vocab() == loading.load_tokenizer(toy.shared / "sft/model").get_vocab()
     written = {path.name for path in context.out.rglob("*") if path.is_file()}
     shared = {"state", "adapter"} if rank else {"state"}
     assert shared <= {path.name for path in context.out.iterdir()}
@@ -127,7 +127,7 @@ def test_the_adapter_over_the_sft_policy_is_the_merged_model(make: Callable[...,
     merged = AutoModelForCausalLM.from_pretrained(context.out / "model").eval()
     ids = torch.arange(12)[None]
     torch.testing.assert_close(adapted(ids).logits, merged(ids).logits, rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(models.load_policy(toy.shared / "sft/model")(ids).logits, merged(ids).logits, atol=1e-3)
+    assert not torch.allclose(loading.load_policy(toy.shared / "sft/model")(ids).logits, merged(ids).logits, atol=1e-3)
     assert str(toy.shared) not in (context.out / "adapter" / "adapter_config.json").read_text()
 
 
@@ -138,17 +138,17 @@ def test_a_shared_value_head_is_saved(make: Callable[..., Context]) -> None:
     assert {name: tuple(weight.shape) for name, weight in head.items()} == {"weight": (1, 16), "bias": (1,)}
     assert head["weight"].any()
     assert not (context.out / "value_model").exists()
-    models.load_policy(context.out / "model")  # an ordinary model: the head is not in it
+    loading.load_policy(context.out / "model")  # an ordinary model: the head is not in it
 
 
 @pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize("value", ["separate", "shared"])
 def test_an_encoder_decoder(value: str, rank: int, make: Callable[..., Context], toy: Any, tmp_path: Path) -> None:
-    tokenizer = models.load_tokenizer(toy.shared / "sft/model")
+    tokenizer = loading.load_tokenizer(toy.shared / "sft/model")
     shape = {"vocab_size": len(tokenizer), "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     t5 = T5ForConditionalGeneration(T5Config(**shape, **ends, decoder_start_token_id=tokenizer.pad_token_id))
-    models.save(t5, tokenizer, tmp_path / "t5")
+    loading.save(t5, tokenizer, tmp_path / "t5")
     context = make(
         off=("sft", "reward", "judge"),
         model={"init": "pretrained", "path": str(tmp_path / "t5"), "lora_rank": rank},
@@ -202,12 +202,12 @@ def test_evaluations_with_the_held_out_model_and_functions_as_judges(
     make: Callable[..., Context], tmp_path: Path, toy: Any
 ) -> None:
     torch.manual_seed(2)
-    other = models.reward_from_policy(toy.shared / "sft/model")
+    other = loading.reward_from_policy(toy.shared / "sft/model")
     other.config.score_mean, other.config.score_std = -0.5, 1.0
     options = {"eval_every": 2, "eval_prompts": 5, "judges": {"size": f"{tmp_path / 'my_rewards.py'}:length"}}
     context = make(ppo=options)
-    tokenizer = models.load_tokenizer(toy.shared / "sft/model")
-    models.save(other, tokenizer, context.inputs["reward"] / "held_out")
+    tokenizer = loading.load_tokenizer(toy.shared / "sft/model")
+    loading.save(other, tokenizer, context.inputs["reward"] / "held_out")
     finals = stage.run(context)
     table = pq.read_table(context.out / "evaluations.parquet").to_pydict()
     judged = [f"judge/{name}{end}" for name in ("held_out", "size") for end in ("", "_stderr")]
@@ -271,13 +271,13 @@ def test_a_reward_model_of_another_kind_scores_but_is_no_value_model(make: Calla
     config = {"init": "random", "architecture": "llama", "layers": 1, "width": 16, "heads": 2, "context": 64}
     section = PipelineConfig.model_validate({"data": {"demonstrations": "x"}, "reward": "off", "judge": "off",
                                              "ppo": "off", "model": config}).model  # fmt: skip
-    tokenizer = models.load_tokenizer(toy.shared / "sft/model")
+    tokenizer = loading.load_tokenizer(toy.shared / "sft/model")
     directory = context.inputs["reward"] / "model"
-    models.save(random_model(section, tokenizer), tokenizer, directory.parent / "llama")
-    models.save(models.reward_from_policy(directory.parent / "llama"), tokenizer, directory)
+    loading.save(random_model(section, tokenizer), tokenizer, directory.parent / "llama")
+    loading.save(loading.reward_from_policy(directory.parent / "llama"), tokenizer, directory)
     finals = stage.run(context)
     assert finals["ppo/episodes"] == 24
-    assert models.load_reward_model(context.out / "value_model").config.model_type == "gpt2"
+    assert loading.load_reward_model(context.out / "value_model").config.model_type == "gpt2"
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(make: Callable[..., Context]) -> None:
