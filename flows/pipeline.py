@@ -16,10 +16,9 @@ from typing import Annotated, Any, Final, Literal
 from prefect import flow, get_run_logger
 from pydantic import Field
 
-from flows import champions, reports
-from flows.cancelling import cancellable
+from flows.commands import champion as champions
+from flows.commands import report as reports
 from flows.display import PlainDisplay
-from flows.project import enter_project
 from rlhf.cache.plan import Planner, Selection
 from rlhf.config.load import load, presets
 from rlhf.config.pipeline import PipelineConfig
@@ -28,12 +27,15 @@ from rlhf.stages import StageName
 from rlhf.store.artifacts import Store
 from rlhf.store.disk import named_if_full
 from rlhf.store.opening import open_store
-from tasks import prefect_ui, tracking
-from tasks.flow_runs import flow_run_alive
-from tasks.journal import RunJournal
-from tasks.mlflow_server import tracking_uri
+from tasks import tracking
+from tasks.mlflow.journal import RunJournal
+from tasks.mlflow.server import tracking_uri
+from tasks.mlflow.shipper import Shipper
+from tasks.prefect import ui as prefect_ui
+from tasks.prefect.cancelling import cancellable
+from tasks.prefect.flow_runs import flow_run_alive
+from tasks.prefect.project import enter_project
 from tasks.run import Run, Watcher, current_run
-from tasks.shipper import Shipper
 from tasks.stages import run_stage
 
 log = logging.getLogger(__name__)

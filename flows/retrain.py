@@ -12,19 +12,19 @@ from prefect.input import RunInput
 from prefect.states import Completed
 from pydantic import Field
 
-from flows import champions
-from flows.cancelling import cancellable
-from flows.champions import Answer
+from flows.commands import champion as champions
+from flows.commands.champion import Answer
 from flows.pipeline import run_pipeline
-from flows.project import enter_project
 from rlhf.cache.plan import Planner, Selection
 from rlhf.champions import history as champion
 from rlhf.champions.history import Contender
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.store.opening import open_store
-from tasks import prefect_ui
-from tasks.flow_runs import flow_run_alive
-from tasks.prefect_server import patiently
+from tasks.prefect import ui as prefect_ui
+from tasks.prefect.cancelling import cancellable
+from tasks.prefect.flow_runs import flow_run_alive
+from tasks.prefect.project import enter_project
+from tasks.prefect.server import patiently
 from tasks.slots import slot_of
 
 NOTHING_NEW, PROMOTED, REFUSED = "Nothing new", "Promoted", "Refused"

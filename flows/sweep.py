@@ -22,18 +22,18 @@ from prefect.futures import PrefectFuture
 from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 from pydantic import Field
 
-from flows.cancelling import cancellable
 from flows.pipeline import pipeline
-from flows.project import enter_project
 from rlhf.cache.plan import Planner
 from rlhf.config.load import load
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.yaml12 import read_mapping, write_value
 from rlhf.errors import ConfigError, RlhfError
 from rlhf.store.opening import open_store
-from tasks.flow_runs import flow_run_alive
-from tasks.lifetime import end_with
-from tasks.stopping import STOP_SECONDS
+from tasks.prefect.cancelling import cancellable
+from tasks.prefect.flow_runs import flow_run_alive
+from tasks.prefect.project import enter_project
+from tasks.processes.lifetime import end_with
+from tasks.processes.stopping import STOP_SECONDS
 
 MOST_RUNS = 1000
 END_SECONDS = STOP_SECONDS + 3.0  # for all runs to end with a checkpoint, when the sweep is stopped

@@ -11,7 +11,7 @@ from rlhf.cache.plan import Planner, Selection, StagePlan
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.store.artifacts import Manifest, Store
 from rlhf.tracking.tracker import Entry, Listener, Progress
-from tasks.journal import RunJournal
+from tasks.mlflow.journal import RunJournal
 
 
 class Watcher(Protocol):

@@ -29,7 +29,7 @@ from prefect.logging import get_run_logger
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.stages import stage_modules
 from rlhf.store.locks import POLL_SECONDS, try_lock, unlock
-from tasks.prefect_server import is_away, is_private, make_limit, patiently, quickly
+from tasks.prefect.server import is_away, is_private, make_limit, patiently, quickly
 from tasks.run import Run
 
 LEASE_SECONDS = 60.0  # after which the slot of a holder that has died on another machine is free again

@@ -29,11 +29,11 @@ from rlhf.errors import ArtifactError, NotCachedError
 from rlhf.stages import STAGES, stage_inputs
 from rlhf.store.artifacts import JOURNAL, Manifest, make_manifest
 from rlhf.tracking.tracker import JournalTracker
-from tasks import launch, system
-from tasks.locks import FlockLockManager
+from tasks.prefect.lock_manager import FlockLockManager
+from tasks.processes import launch, system
+from tasks.processes.stopping import gently
 from tasks.run import Run, current_run
 from tasks.slots import slot
-from tasks.stopping import gently
 
 log = logging.getLogger(__name__)
 

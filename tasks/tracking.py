@@ -11,8 +11,8 @@ from rlhf.config.load import dump
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.stages import enabled_stages
 from rlhf.store.artifacts import JOURNAL, Manifest
-from tasks import descriptions
-from tasks.journal import PARENT
+from tasks.mlflow import descriptions
+from tasks.mlflow.journal import PARENT
 from tasks.run import Run
 
 # The decisions that one compares runs by; the whole configuration is an artifact of the run.

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.server import Server, configure, free_port
-from tasks.prefect_server import PRIVATE
+from flows.team.server import Server, configure, free_port
+from tasks.prefect.server import PRIVATE
 
 # Prefect reads its settings when it is first imported, so the environment is set before any test module is.
 _STATE = Path(tempfile.mkdtemp(prefix="rlhf-tests-"))
@@ -62,7 +62,7 @@ def prefect_api() -> str:
 @pytest.fixture
 def offline_rlhf(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """The command line in this process, for verbs that need no Prefect: exit code, standard output, standard error."""
-    from flows.cli import main
+    from flows.commands.cli import main
 
     def call(*arguments: str) -> tuple[int, str, str]:
         capsys.readouterr()

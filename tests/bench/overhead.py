@@ -71,7 +71,7 @@ def by_command(home: Path, seed: int) -> dict[str, float]:
     """One `rlhf run`; its parts in seconds."""
     settings = [word for setting in (*SETTINGS, f"seed={seed}") for word in ("--set", setting)]
     subprocess.run(
-        [sys.executable, "-m", "flows.cli", "run", "demo", "--size", "smoke", "--home", str(home), *settings],
+        [sys.executable, "-m", "flows.commands.cli", "run", "demo", "--size", "smoke", "--home", str(home), *settings],
         check=True,
         stdout=subprocess.DEVNULL,
         env={name: value for name, value in os.environ.items() if not name.startswith(("PREFECT", "RLHF", "MLFLOW_T"))},

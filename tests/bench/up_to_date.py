@@ -26,7 +26,7 @@ def seconds(command: list[str], home: str) -> float:
 
 def main(runs: int) -> None:
     """Measure, alternately, and print."""
-    run = [sys.executable, "-m", "flows.cli", "run", "demo", "--size", "smoke"]
+    run = [sys.executable, "-m", "flows.commands.cli", "run", "demo", "--size", "smoke"]
     commands = {
         "rlhf run": run,
         "python": [sys.executable, "-c", "pass"],

@@ -187,12 +187,12 @@ FAULTS = {
     "up-kill": Fault("kill -9 of rlhf up", up_ends(KILL)),
     "rank-kill": Fault(
         "kill -9 of one of two training processes",
-        signalled(module("tasks.rank"), KILL),
+        signalled(module("tasks.processes.rank"), KILL),
         processes=2,
         latest=0.6,
     ),
     "launcher-kill": Fault(
-        "kill -9 of their launcher", signalled(module("tasks.launcher"), KILL), processes=2, latest=0.6
+        "kill -9 of their launcher", signalled(module("tasks.processes.launcher"), KILL), processes=2, latest=0.6
     ),
     "postgres-kill": Fault("kill -9 of PostgreSQL, which is started again", postgres_dies, postgres=True),
 }

@@ -34,7 +34,7 @@ def check(case: Case, code: int, out: str, error: str) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_validate_refuses(case: Case, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from flows.cli import main
+    from flows.commands.cli import main
 
     code = main(["validate", *arguments(case, folder)])
     captured = capsys.readouterr()

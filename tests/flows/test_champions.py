@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from flows.cli import main
+from flows.commands.cli import main
 from rlhf.champions import contest
 from rlhf.champions import history as champion
 from rlhf.champions.gate import Figures, Pair
 from rlhf.champions.history import Considered, Contender
 from rlhf.runs.records import RunRecord, read_runs
 from rlhf.store.artifacts import Store
-from tasks.mlflow_server import default_uri
+from tasks.mlflow.server import default_uri
 from tests.rlhf.projects import good
 
 Rlhf = Callable[..., tuple[int, str, str]]

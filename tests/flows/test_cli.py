@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from flows.server import free_port
+from flows.team.server import free_port
 
 Rlhf = Callable[..., tuple[int, str, str]]
 
@@ -77,7 +77,9 @@ def test_bad_input_ends_with_2_and_one_message(rlhf: Rlhf, arguments: list[str],
 
 @pytest.mark.parametrize("arguments", [[], ["rum"], ["run", "--only", "pppo"], ["run", "--nonsense"], ["cache"]])
 def test_bad_usage_ends_with_2(arguments: list[str]) -> None:
-    done = subprocess.run([sys.executable, "-m", "flows.cli", *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "flows.commands.cli", *arguments], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "usage: rlhf" in done.stderr
     assert "Traceback" not in done.stderr
@@ -109,7 +111,7 @@ def test_a_count_of_none_is_refused(rlhf: Rlhf, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize("command", [("show", "demo"), ("presets",)])  # printed plainly, and by rich
 def test_a_reader_that_goes_away_is_no_error(command: tuple[str, ...]) -> None:
     shown = subprocess.Popen(
-        [sys.executable, "-u", "-m", "flows.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-u", "-m", "flows.commands.cli", *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     assert shown.stdout is not None
     shown.stdout.close()

@@ -11,7 +11,7 @@ import pytest
 
 from rlhf.runs.records import read_runs
 from rlhf.store.artifacts import Store, read_manifest
-from tasks.journal import PARENT, operations
+from tasks.mlflow.journal import PARENT, operations
 
 Rlhf = Callable[..., tuple[int, str, str]]
 RUN = ("run", "--set", "tracking.enabled=false")

@@ -41,7 +41,7 @@ def environment(home: Path, code: Path = ROOT) -> dict[str, str]:
 
 def start(home: Path, *arguments: str, code: Path = ROOT) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "flows.cli", *arguments],
+        [sys.executable, "-m", "flows.commands.cli", *arguments],
         env=environment(home, code), cwd=home.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
@@ -100,7 +100,7 @@ def test_every_stage_left_what_it_promises(finished: Path) -> None:
 
 def test_an_up_to_date_run_imports_nothing_heavy(home: Path) -> None:
     code = (
-        "import sys; from flows.cli import main; code = main(sys.argv[1:]); "
+        "import sys; from flows.commands.cli import main; code = main(sys.argv[1:]); "
         f"print('heavy:', [name for name in {HEAVY} if name in sys.modules], 'code:', code)"
     )
     command = [sys.executable, "-c", code, "run", "demo", "--size", "smoke", *CONFIG]

@@ -23,9 +23,9 @@ from rlhf.runs.generate import Sampling, respond, scorers
 from rlhf.runs.policies import MODELS, Place
 from rlhf.runs.records import RunRecord
 from rlhf.store.artifacts import Store, make_manifest
-from tasks.journal import RunJournal
-from tasks.mlflow_server import default_uri
-from tasks.mlflow_sync import ship
+from tasks.mlflow.journal import RunJournal
+from tasks.mlflow.server import default_uri
+from tasks.mlflow.sync import ship
 
 Rlhf = Callable[..., tuple[int, str, str]]
 WORDS = ["ant bee cat", "dog eel fox"]

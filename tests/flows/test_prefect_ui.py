@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tasks import prefect_ui
+from tasks.prefect import ui as prefect_ui
 
 Rlhf = Callable[..., tuple[int, str, str]]
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.project import PROJECT, enter_project
 from rlhf.cache.fingerprint import function_file
 from rlhf.errors import ConfigError
+from tasks.prefect.project import PROJECT, enter_project
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,7 @@ from rlhf.champions.history import Contender
 from rlhf.config.load import load
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import DataError
-from tasks import registry
+from tasks.mlflow import registry
 
 OLD = Contender("old", {"ppo": "o"})
 MADE = Contender("r1", {"sft": "k1", "evaluate": "k2"})

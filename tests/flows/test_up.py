@@ -11,7 +11,7 @@ import pytest
 from sqlalchemy.dialects.postgresql.asyncpg import dialect
 from sqlalchemy.engine import make_url
 
-from flows import up
+from flows.team import up
 from rlhf.errors import ConfigError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.context import Context
 from rlhf.tracking.tracker import NullTracker
-from tasks import launch
+from tasks.processes import launch
 
 if __name__ == "__main__":
     given = json.loads(Path(sys.argv[1]).read_text())

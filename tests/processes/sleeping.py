@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from flows.cli import main
+from flows.commands.cli import main
 from rlhf.context import Context
 from rlhf.runs.records import RECORD
 from rlhf.stages import STAGES

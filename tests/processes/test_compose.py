@@ -20,8 +20,8 @@ import httpx
 import pytest
 import yaml
 
-from flows.heartbeats import ENVIRONMENT, SERVER_ENVIRONMENT
-from flows.server import free_port
+from flows.team.heartbeats import ENVIRONMENT, SERVER_ENVIRONMENT
+from flows.team.server import free_port
 from tests.team.conftest import wait_for
 from tests.team.postgres import needs_postgres, postgres
 

@@ -46,7 +46,7 @@ def run(folder: Path, home: Path, *arguments: str) -> subprocess.CompletedProces
     settings = [word for setting in (*SHORT, *arguments) for word in ("--set", setting)]
     own = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT")}
     return subprocess.run(
-        [sys.executable, "-m", "flows.cli", "run", str(folder / "config.yaml"), *settings],
+        [sys.executable, "-m", "flows.commands.cli", "run", str(folder / "config.yaml"), *settings],
         env={**own, "RLHF_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[2])},
         cwd=folder,
         capture_output=True,

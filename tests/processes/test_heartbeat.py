@@ -15,9 +15,16 @@ import httpx
 import psutil
 import pytest
 
-from flows.deployments import POOL, apply
-from flows.heartbeats import ALIVE_HEARTBEATS, FOUND, HEARTBEAT_SECONDS, LOST, SERVER_ENVIRONMENT, look_after_runs
-from flows.server import free_port
+from flows.team.deployments import POOL, apply
+from flows.team.heartbeats import (
+    ALIVE_HEARTBEATS,
+    FOUND,
+    HEARTBEAT_SECONDS,
+    LOST,
+    SERVER_ENVIRONMENT,
+    look_after_runs,
+)
+from flows.team.server import free_port
 from rlhf.config.pipeline import PipelineConfig
 from tests.faults import workload
 from tests.team.conftest import Up, wait_for

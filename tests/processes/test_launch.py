@@ -29,8 +29,8 @@ from rlhf.prepare.random_weights import random_model
 from rlhf.prepare.tokens import train_tokenizer
 from rlhf.store import checkpoints
 from rlhf.tracking.tracker import Entry, NullTracker, Progress, read_journal
-from tasks import launch
-from tasks.messages import decode, encode
+from tasks.processes import launch
+from tasks.processes.messages import decode, encode
 
 Make = Callable[..., Context]
 NAMES = ("0", "1", "launcher")

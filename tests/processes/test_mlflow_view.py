@@ -17,10 +17,10 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, sync_playwright
 
-from flows.server import free_port
+from flows.team.server import free_port
 from rlhf.runs.records import read_runs
-from tasks.mlflow_server import VIEW, default_uri
-from tasks.mlflow_sync import Shipped
+from tasks.mlflow.server import VIEW, default_uri
+from tasks.mlflow.sync import Shipped
 from tasks.tracking import COLUMNS
 from tests.team.conftest import SECONDS, wait_for
 from tests.team.test_browser import CHROMIUM, FLAGS

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.up import _mlflow_database
+from flows.team.up import _mlflow_database
 from rlhf.errors import ConfigError
 from tests.team.conftest import started
 from tests.team.postgres import needs_postgres, postgres

@@ -75,7 +75,7 @@ def test_s3(bucket: str, prefect_api: str, tmp_path: Path) -> None:
 
     def rlhf(home: str, command: str, *arguments: str, luck: int = 1) -> dict[str, dict[str, Any]]:
         done = subprocess.run(
-            [sys.executable, "-m", "flows.cli", command, *words, "--home", str(tmp_path / home), *arguments],
+            [sys.executable, "-m", "flows.commands.cli", command, *words, "--home", str(tmp_path / home), *arguments],
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2]), "LUCK": str(luck)},
             cwd=tmp_path,
             capture_output=True,

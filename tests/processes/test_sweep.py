@@ -50,7 +50,7 @@ SLEEPING = (str(Path(__file__).with_name("sleeping.py")),)
 
 
 def command_of(
-    folder: Path, *arguments: str, program: Sequence[str] = ("-m", "flows.cli"), **environment: str
+    folder: Path, *arguments: str, program: Sequence[str] = ("-m", "flows.commands.cli"), **environment: str
 ) -> tuple[list[str], dict[str, Any]]:
     """What to run, and with what: arguments of ``subprocess.run``."""
     config = folder / "config.yaml"

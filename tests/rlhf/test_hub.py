@@ -71,7 +71,7 @@ def test_an_unreachable_model_ends_a_command_with_one_message(command: str, opti
     overrides = [f"{option}=some/model", *(["model.init=pretrained"] if option == "model.path" else [])]
     arguments = [word for text in overrides for word in ("--set", text)]
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", command, "demo", *arguments],
+        [sys.executable, "-m", "flows.commands.cli", command, "demo", *arguments],
         env=environment, cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")

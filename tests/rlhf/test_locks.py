@@ -10,7 +10,7 @@ from rlhf.store.locks import is_locked, lock, locked, try_lock, unlock
 HOLD = """
 import sys, time
 from pathlib import Path
-from rlhf.locks import lock
+from rlhf.store.locks import lock
 lock(Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(60)

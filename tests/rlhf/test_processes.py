@@ -28,7 +28,7 @@ from rlhf.stages import STAGES
 from rlhf.store import checkpoints
 from rlhf.tracking.tracker import Entry, Progress, read_journal
 from rlhf.training import computing, processes, supervised
-from tasks import launch
+from tasks.processes import launch
 
 CLOSE = {"rel": 1e-5, "abs": 1e-5}
 OF_ONE_PROCESS = ("ppo/seconds", "ppo/tokens_per_second", "ppo/peak_memory_bytes")

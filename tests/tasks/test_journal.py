@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.errors import ArtifactError
 from rlhf.tracking.tracker import JournalTracker
-from tasks.journal import JOURNAL, PARENT, RunJournal, end_if_abandoned, operations, owner_lives
+from tasks.mlflow.journal import JOURNAL, PARENT, RunJournal, end_if_abandoned, operations, owner_lives
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +31,7 @@ def begun(directory: Path) -> RunJournal:
 
 def test_writing_it_imports_neither_mlflow_nor_torch() -> None:
     code = (
-        "import sys, tasks.journal, tasks.shipper, tasks.mlflow_sync; "
+        "import sys, tasks.mlflow.journal, tasks.mlflow.shipper, tasks.mlflow.sync; "
         "print({'mlflow', 'torch', 'pandas', 'prefect'} & set(sys.modules))"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -156,7 +156,7 @@ def test_an_abandoned_run_is_ended_as_killed(tmp_path: Path) -> None:
 
 def test_the_owner_killed_by_9_is_found_dead(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from tasks.journal import RunJournal\n"
+        "import os, sys; from pathlib import Path; from tasks.mlflow.journal import RunJournal\n"
         "journal = RunJournal.open(Path(sys.argv[1])); journal.start('demo', experiment='rlhf')\n"
         "os.kill(os.getpid(), 9)\n"
     )

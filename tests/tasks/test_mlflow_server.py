@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from mlflow.server.security_utils import is_allowed_host_header, should_block_cors_request
 
-from tasks.mlflow_server import UI_URL, for_browsers, ui_url
+from tasks.mlflow.server import UI_URL, for_browsers, ui_url
 
 
 def test_the_address_for_people(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from tasks.journal import PARENT, RunJournal
-from tasks.mlflow_server import connect, default_uri
-from tasks.mlflow_sync import BusyError, Replay, Shipped, run_urls, ship, ship_pending
+from tasks.mlflow.journal import PARENT, RunJournal
+from tasks.mlflow.server import connect, default_uri
+from tasks.mlflow.sync import BusyError, Replay, Shipped, run_urls, ship, ship_pending
 from tests.tasks.mlflow_reads import history, runs_of
 
 ROOT = Path(__file__).parents[2]
@@ -233,7 +233,7 @@ def test_a_finished_run_takes_few_requests(store: str, tmp_path: Path, monkeypat
             journal.end(stage)
     calls: Counter[str] = Counter()
     client = FailingClient(store, lambda name: bool(calls.update([name])))
-    monkeypatch.setattr("tasks.mlflow_sync.connect", lambda uri: client)
+    monkeypatch.setattr("tasks.mlflow.sync.connect", lambda uri: client)
     assert ship(tmp_path / "few", store).complete
     assert (calls["create_run"], calls["set_terminated"], calls["set_tag"]) == (4, 4, 0)
     assert (
@@ -257,7 +257,7 @@ def test_answers_that_are_lost_give_every_run_and_point_once(
         return calls[name] <= 2 and not name.startswith(("get", "search"))
 
     client = FailingClient(store, lose)
-    monkeypatch.setattr("tasks.mlflow_sync.connect", lambda uri: client)
+    monkeypatch.setattr("tasks.mlflow.sync.connect", lambda uri: client)
     for _ in range(20):
         with contextlib.suppress(MlflowException):
             ship(directory, store)

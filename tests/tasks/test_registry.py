@@ -18,7 +18,7 @@ import torch
 from mlflow import MlflowClient
 from transformers import PreTrainedTokenizerFast
 
-from flows.server import free_port
+from flows.team.server import free_port
 from rlhf.champions import history as champion
 from rlhf.champions.history import Considered, Contender
 from rlhf.config.pipeline import PipelineConfig
@@ -27,10 +27,11 @@ from rlhf.models import loading
 from rlhf.prepare.random_weights import random_model
 from rlhf.prepare.tokens import train_tokenizer
 from rlhf.store.artifacts import Store, make_manifest
-from tasks import registry, tracking
-from tasks.journal import RunJournal
-from tasks.mlflow_server import connect, default_uri
-from tasks.mlflow_sync import ship
+from tasks import tracking
+from tasks.mlflow import registry
+from tasks.mlflow.journal import RunJournal
+from tasks.mlflow.server import connect, default_uri
+from tasks.mlflow.sync import ship
 from tasks.run import Run
 
 CONFIG = {

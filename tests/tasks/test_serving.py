@@ -31,15 +31,15 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from flows.server import free_port
+from flows.team.server import free_port
 from rlhf.models import adapt, loading
 from rlhf.rewards import RewardModel
 from rlhf.runs.generate import Sampling, respond
 from rlhf.runs.policies import Place
-from tasks.journal import RunJournal
-from tasks.mlflow_files import log_model
-from tasks.mlflow_server import connect, default_uri
-from tasks.mlflow_sync import ship
+from tasks.mlflow.files import log_model
+from tasks.mlflow.journal import RunJournal
+from tasks.mlflow.server import connect, default_uri
+from tasks.mlflow.sync import ship
 from tests.rlhf.conftest import TinyBert
 
 PROMPTS = ["The pool is closed on Monday.", "Hi", "A parcel came: it is at the desk in the hall"]
@@ -237,7 +237,7 @@ def test_a_model_half_sent_is_sent_again(
 
 
 def test_the_file_imports_nothing_of_this_project() -> None:
-    source = (Path(__file__).parents[2] / "tasks" / "serving.py").read_text()
+    source = (Path(__file__).parents[2] / "tasks" / "mlflow" / "serving.py").read_text()
     assert "import rlhf" not in source
     assert "from rlhf" not in source
     assert "from tasks" not in source

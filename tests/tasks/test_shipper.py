@@ -21,12 +21,12 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from rlhf.tracking.tracker import JournalTracker
-from tasks import shipper
-from tasks.journal import PARENT, RunJournal
-from tasks.mlflow_server import connect, default_uri
-from tasks.mlflow_sync import Shipped, ship
-from tasks.shipper import CANCELLED_SECONDS, CLOSE_SECONDS, Shipper
-from tasks.stopping import STOP_SECONDS
+from tasks.mlflow import shipper
+from tasks.mlflow.journal import PARENT, RunJournal
+from tasks.mlflow.server import connect, default_uri
+from tasks.mlflow.shipper import CANCELLED_SECONDS, CLOSE_SECONDS, Shipper
+from tasks.mlflow.sync import Shipped, ship
+from tasks.processes.stopping import STOP_SECONDS
 from tests.tasks.mlflow_reads import history, runs_of
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +91,7 @@ def test_without_a_run_the_shipper_ends_at_once(store: str) -> None:
 
 def test_the_shipper_of_an_owner_that_dies_before_its_run_begins_ends(store: str) -> None:
     code = (
-        "import os, sys; from tasks.shipper import Shipper\n"
+        "import os, sys; from tasks.mlflow.shipper import Shipper\n"
         "print(Shipper(sys.argv[1])._process.pid, flush=True); os.kill(os.getpid(), 9)"
     )
     said = subprocess.run([sys.executable, "-c", code, store], cwd=ROOT, check=False, stdout=subprocess.PIPE, text=True)
@@ -102,7 +102,7 @@ def test_kill_9_of_the_training_is_reported_by_the_shipper(store: str, tmp_path:
     directory = tmp_path / "dead"
     code = (
         "import os, sys; from pathlib import Path\n"
-        "from tasks.journal import RunJournal; from tasks.shipper import Shipper\n"
+        "from tasks.mlflow.journal import RunJournal; from tasks.mlflow.shipper import Shipper\n"
         "directory = Path(sys.argv[1])\n"
         "journal = RunJournal.open(directory); journal.start('demo', experiment='rlhf'); journal.start_stage('sft')\n"
         "Shipper(sys.argv[2]).follow(directory)\n"
@@ -183,7 +183,7 @@ class Server:
 def test_a_server_killed_and_restarted_gets_every_point_once_and_never_blocks(
     server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, logger="tasks.shipper")
+    caplog.set_level(logging.INFO, logger="tasks.mlflow.shipper")
     directory = tmp_path / "runs" / "http"
     slowest, step = 0.0, 0
     with begin(directory) as journal:

@@ -11,8 +11,9 @@ import httpx
 import pytest
 
 from rlhf.store.retry import LONGEST_SECONDS
-from tasks import prefect_server, slots
-from tasks.prefect_server import patiently
+from tasks import slots
+from tasks.prefect import server as prefect_server
+from tasks.prefect.server import patiently
 from tasks.slots import LEASE_SECONDS
 
 REQUEST = httpx.Request("POST", "http://127.0.0.1:9/api")
@@ -27,7 +28,7 @@ def status(code: int) -> httpx.HTTPStatusError:
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How long is waited, in seconds; nobody does."""
     found: list[float] = []
-    monkeypatch.setattr("tasks.prefect_server.time.sleep", found.append)
+    monkeypatch.setattr("tasks.prefect.server.time.sleep", found.append)
     return found
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from rlhf.errors import StoppedError, TrainingError
 from rlhf.tracking.stopping import Stop
-from tasks.stopping import gently
+from tasks.processes.stopping import gently
 
 NUMBERS = (signal.SIGTERM, signal.SIGINT)
 

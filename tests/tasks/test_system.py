@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks import system
+from tasks.processes import system
 
 MB = 1_000_000
 

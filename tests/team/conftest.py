@@ -18,7 +18,7 @@ import httpx
 import psutil
 import pytest
 
-from flows.server import free_port
+from flows.team.server import free_port
 
 SECONDS = 240.0  # for anything to happen that should, on a busy machine
 
@@ -111,7 +111,7 @@ def started(home: Path, *arguments: str) -> Iterator[Up]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "flows.cli", "up", "--home", str(home)),
+            *(sys.executable, "-m", "flows.commands.cli", "up", "--home", str(home)),
             *("--prefect-port", str(prefect), "--mlflow-port", str(mlflow), *arguments),
         ],
         env={**environment, "OMP_NUM_THREADS": "1"},

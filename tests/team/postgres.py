@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from flows.server import free_port
+from flows.team.server import free_port
 
 BIN = max(Path("/usr/lib/postgresql").glob("*/bin"), default=None)
 needs_postgres = pytest.mark.skipif(BIN is None, reason="needs PostgreSQL, Debian's package postgresql")

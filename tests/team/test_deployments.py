@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from flows.heartbeats import ENVIRONMENT, FOUND, LOST
+from flows.team.heartbeats import ENVIRONMENT, FOUND, LOST
 from tests.team.conftest import Up
 
 ROOT = Path(__file__).parents[2]

@@ -30,7 +30,7 @@ def later(prompts, responses):
 
 def deploy(up: Up, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "flows.cli", "deploy", str(folder / "nightly.yaml"), *arguments],
+        [sys.executable, "-m", "flows.commands.cli", "deploy", str(folder / "nightly.yaml"), *arguments],
         env={"PREFECT_API_URL": f"{up.prefect}/api", "HOME": str(folder), "PATH": ""},
         capture_output=True,
         text=True,

@@ -17,9 +17,9 @@ import httpx
 import psutil
 import pytest
 
-from flows.deployments import shipped
-from flows.heartbeats import ENVIRONMENT, FOUND, LOST
-from flows.reaper import PAUSED
+from flows.team.deployments import shipped
+from flows.team.heartbeats import ENVIRONMENT, FOUND, LOST
+from flows.team.reaper import PAUSED
 from rlhf.store import checkpoints
 from tests.team.conftest import Up, started, wait_for
 
@@ -125,7 +125,7 @@ def test_deploying_again_makes_nothing_twice(up: Up, tmp_path: Path) -> None:
 
     def deploy(*arguments: str) -> list[tuple[str, ...]]:
         done = subprocess.run(
-            [sys.executable, "-m", "flows.cli", "deploy", str(tmp_path / "mine.yaml"), *arguments],
+            [sys.executable, "-m", "flows.commands.cli", "deploy", str(tmp_path / "mine.yaml"), *arguments],
             env={"PREFECT_API_URL": f"{up.prefect}/api", "HOME": str(tmp_path), "PATH": ""},
             capture_output=True,
             text=True,
@@ -178,7 +178,10 @@ def test_files_and_functions_of_the_folder_that_it_was_started_in(up: Up) -> Non
 
 def test_a_second_one_says_what_is_there(up: Up) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "up", "--home", str(up.home)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-m", "flows.commands.cli", "up", "--home", str(up.home)],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0
     assert up.prefect in done.stdout
@@ -189,7 +192,7 @@ def test_a_second_one_says_what_is_there(up: Up) -> None:
 def test_a_port_that_is_taken(up: Up, tmp_path: Path) -> None:
     port = urllib.parse.urlsplit(up.mlflow).port
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "up", "--home", str(tmp_path), "--mlflow-port", str(port)],
+        [sys.executable, "-m", "flows.commands.cli", "up", "--home", str(tmp_path), "--mlflow-port", str(port)],
         capture_output=True,
         text=True,
         timeout=120,

@@ -11,13 +11,13 @@ import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from flows.heartbeats import ENVIRONMENT, TAG, look_after_runs
+from flows.team.heartbeats import ENVIRONMENT, TAG, look_after_runs
 from rlhf.config.data import KINDS
 from rlhf.config.load import load, presets
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import ConfigError
 from rlhf.store.locations import DEMO_PREFIX, HUB_PREFIX
-from tasks.prefect_server import make_pool
+from tasks.prefect.server import make_pool
 
 POOL = "rlhf"
 TAGS = [TAG]

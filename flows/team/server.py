@@ -13,10 +13,10 @@ import time
 from functools import partial
 from pathlib import Path
 
-from flows.heartbeats import ENVIRONMENT
+from flows.team.heartbeats import ENVIRONMENT
 from rlhf.store.locks import lock, unlock
-from tasks.lifetime import end_with
-from tasks.prefect_server import PRIVATE
+from tasks.prefect.server import PRIVATE
+from tasks.processes.lifetime import end_with
 
 START_TIMEOUT_SECONDS = 120.0
 

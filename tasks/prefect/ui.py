@@ -22,9 +22,9 @@ from rlhf.cache.plan import StagePlan
 from rlhf.runs import headlines
 from rlhf.runs.records import REPORT
 from rlhf.stages import enabled_stages
-from tasks.journal import PARENT
-from tasks.mlflow_server import tracking_uri
-from tasks.mlflow_sync import run_urls
+from tasks.mlflow.journal import PARENT
+from tasks.mlflow.server import tracking_uri
+from tasks.mlflow.sync import run_urls
 from tasks.run import Run
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from flows.summary import print_table
+from flows.commands.summary import print_table
 from rlhf.config.explain import did_you_mean
 from rlhf.errors import ConfigError
 from rlhf.metrics.labels import LABELS, label

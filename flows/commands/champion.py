@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import ValidationError
 from rich.console import Console
 
-from flows.summary import print_table
+from flows.commands.summary import print_table
 from rlhf.champions import history as champion
 from rlhf.champions.history import Considered, Contender
 from rlhf.config.explain import did_you_mean
@@ -25,8 +25,8 @@ from rlhf.runs.records import RunRecord, read_runs
 from rlhf.stages import enabled_stages
 from rlhf.store.artifacts import Store
 from rlhf.store.opening import open_store
-from tasks import registry
-from tasks.mlflow_server import tracking_uri
+from tasks.mlflow import registry
+from tasks.mlflow.server import tracking_uri
 
 if TYPE_CHECKING:
     from rlhf.champions.gate import Verdict

@@ -1,6 +1,6 @@
 """What each process of a distributed stage runs: the stage, in a context that says which process it is.
 
-    python -m tasks.rank <folder>
+    python -m tasks.processes.rank <folder>
 
 A ``Spec`` in the folder says what to do. Process 0 keeps the stage's journal, tells the pipeline of its entries
 through a named pipe, and leaves the stage's metrics. A process that fails leaves its error, as JSON.
@@ -27,9 +27,9 @@ from rlhf.errors import ConfigError
 from rlhf.stages import STAGES
 from rlhf.tracking.tracker import Entry, JournalTracker, Listener, NullTracker, Progress
 from rlhf.training import computing, processes
-from tasks.lifetime import end_with
-from tasks.messages import EVENTS, FAILURE, LAUNCHER, METRICS, SPEC, Failure, Spec, encode
-from tasks.stopping import STOP_SECONDS, gently
+from tasks.processes.lifetime import end_with
+from tasks.processes.messages import EVENTS, FAILURE, LAUNCHER, METRICS, SPEC, Failure, Spec, encode
+from tasks.processes.stopping import STOP_SECONDS, gently
 
 
 def run(place: Path) -> None:

@@ -3,7 +3,7 @@
 ``<runs>/<run id>/journal.jsonl`` is a list of operations, one JSON object a line, only ever appended to by the one
 process that owns the run. Each says what it is (``op``), which run it is about (``run``: a stage, or ``PARENT``), when
 it was (``t``, milliseconds since 1970) and can be carried out any number of times with the same result. That is what
-``tasks.mlflow_sync`` does; nothing in here knows MLflow, waits for a server, or is lost when one is down.
+``tasks.mlflow.sync`` does; nothing in here knows MLflow, waits for a server, or is lost when one is down.
 
 | op       | fields                                       | becomes                                                |
 |----------|----------------------------------------------|--------------------------------------------------------|
@@ -210,7 +210,7 @@ class RunJournal:
         self._write("dataset", run=run, name=name, digest=digest, source=source, context=context, rows=rows)
 
     def model(self, run: str, name: str, path: Path, digest: str, kind: str) -> None:
-        """Log a Hugging Face model directory, so that ``mlflow.pyfunc.load_model`` loads it (see ``tasks.serving``).
+        """Log a Hugging Face model directory; ``mlflow.pyfunc.load_model`` loads it (see ``tasks.mlflow.serving``).
 
         The model that an earlier run logged with this digest is attached to this run instead of copied again.
         ``kind`` is what it is for, such as ``policy`` or ``reward``.

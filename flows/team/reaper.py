@@ -1,7 +1,7 @@
 """Runs that nobody carries any more: found, and given the state that is true of them.
 
-A flow run of this package holds a lock in the home folder as long as its process lives (``tasks.flow_runs``). So
-one that Prefect calls Running and whose lock is free is dead, for certain and at once, where heartbeats would take
+A flow run of this package holds a lock in the home folder as long as its process lives (``tasks.prefect.flow_runs``).
+So one that Prefect calls Running and whose lock is free is dead, for certain and at once, where heartbeats would take
 minutes.
 """
 
@@ -16,9 +16,9 @@ from uuid import UUID
 
 import psutil
 
-from flows.deployments import POOL
+from flows.team.deployments import POOL
 from rlhf.store.locations import home_directory
-from tasks.flow_runs import dead_flow_runs, flow_run_lives, flow_run_was_here, forget_flow_run
+from tasks.prefect.flow_runs import dead_flow_runs, flow_run_lives, flow_run_was_here, forget_flow_run
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient

@@ -22,11 +22,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from tasks.journal import end_if_abandoned
-from tasks.mlflow_server import brief, load, without_password
-from tasks.mlflow_sync import BusyError, Replay, Shipped, pending_one_by_one
+from tasks.mlflow.journal import end_if_abandoned
+from tasks.mlflow.server import brief, load, without_password
+from tasks.mlflow.sync import BusyError, Replay, Shipped, pending_one_by_one
 
-log = logging.getLogger("tasks.shipper")  # not __name__: this module also runs as a program
+log = logging.getLogger("tasks.mlflow.shipper")  # not __name__: this module also runs as a program
 
 POLL_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 5.0  # between two attempts while the server is away
@@ -69,7 +69,7 @@ class Shipper:
         Once it has returned, calling it again does nothing.
 
         Returns:
-            Whether everything is in MLflow now. If not, :func:`tasks.mlflow_sync.ship_pending` can do it later.
+            Whether everything is in MLflow now. If not, :func:`tasks.mlflow.sync.ship_pending` can do it later.
         """
         if self._complete is None:
             self._complete = self._finish(timeout) if self._directory else self._abandon()
@@ -116,10 +116,10 @@ class Shipper:
                 self._process.stdin.close()
 
     def _spawn(self) -> subprocess.Popen[str]:
-        packages = str(Path(__file__).resolve().parents[1])
+        packages = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, [packages, os.environ.get("PYTHONPATH")]))
         process = subprocess.Popen(
-            [sys.executable, "-m", "tasks.shipper"],
+            [sys.executable, "-m", "tasks.mlflow.shipper"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # until there is a run, with a log

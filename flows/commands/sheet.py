@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
-from flows.summary import print_table
+from flows.commands.summary import print_table
 from rlhf.errors import ConfigError
 from rlhf.metrics.labels import label
 from rlhf.runs import headlines

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from flows import summary
+from flows.commands import summary
 from rlhf.champions import history as champion
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.runs import headlines

@@ -3,7 +3,7 @@
 Every process that carries a flow run tells the server twice a minute that it lives. Two automations of the server
 draw the conclusions: a run that is not heard of for ``DEAD_SECONDS`` becomes Crashed; one that is Crashed and still
 heard of becomes Running again, which is how a false alarm ends (after an outage of the server or the network, say).
-On the machine of the home folder ``flows.reaper`` knows at once.
+On the machine of the home folder ``flows.team.reaper`` knows at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from tasks.prefect_server import is_private
+from tasks.prefect.server import is_private
 
 if TYPE_CHECKING:
     from prefect.events.schemas.automations import AutomationCore

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from tasks.lifetime import end_with
+from tasks.processes.lifetime import end_with
 
 BACKOFF_SECONDS = (1.0, 2.0, 5.0, 10.0, 30.0)  # before a child that has died is started again
 

@@ -24,15 +24,15 @@ from urllib.parse import parse_qsl, urlencode
 import psutil
 from rich.console import Console
 
-from flows.children import Child
-from flows.heartbeats import SERVER_ENVIRONMENT
-from flows.project import PROJECT
-from flows.server import configure
+from flows.team.children import Child
+from flows.team.heartbeats import SERVER_ENVIRONMENT
+from flows.team.server import configure
 from rlhf.errors import ConfigError
 from rlhf.store.locations import home_directory
 from rlhf.store.locks import try_lock, unlock
 from rlhf.store.opening import open_store
-from tasks.mlflow_server import UI_URL, default_uri, for_browsers, without_password
+from tasks.mlflow.server import UI_URL, default_uri, for_browsers, without_password
+from tasks.prefect.project import PROJECT
 
 ABOUT = "Start Prefect, MLflow, the deployments and a worker on this machine; Ctrl-C ends all of it."
 LOCK, STATE = "up.lock", "up.json"
@@ -197,7 +197,7 @@ def _programs(options: argparse.Namespace, home: Path) -> tuple[Child, Child, Ch
         },
         logs / "mlflow.log",
     )
-    from flows.deployments import POOL
+    from flows.team.deployments import POOL
 
     worker = Child(
         "the worker",
@@ -275,8 +275,8 @@ def _serve(options: argparse.Namespace, addresses: Addresses, console: Console) 
         import httpx
         from prefect.exceptions import PrefectHTTPStatusError
 
-        from flows.deployments import apply, shipped
-        from flows.reaper import reap, reap_cancelled, reap_killed, reap_unbegun
+        from flows.team.deployments import apply, shipped
+        from flows.team.reaper import reap, reap_cancelled, reap_killed, reap_unbegun
 
         made = apply(shipped())
         _go_on(home, console)  # if one was killed while it stopped
@@ -361,7 +361,7 @@ def _wait_until_ready(child: Child, url: str, stopping: _Stop) -> None:
 
 def _end_runs(home: Path, console: Console) -> None:
     """Cancel what is running, and wait for it; what does not end is marked as crashed, and what waits stays waiting."""
-    from flows.reaper import cancel_all, pause
+    from flows.team.reaper import cancel_all, pause
 
     try:
         pause(home)
@@ -376,7 +376,7 @@ def _end_runs(home: Path, console: Console) -> None:
 
 def _go_on(home: Path, console: Console) -> None:
     """Let workers begin runs again, if this or an earlier ``rlhf up`` has paused them."""
-    from flows.reaper import go_on
+    from flows.team.reaper import go_on
 
     try:
         go_on(home)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from flows.summary import print_table
+from flows.commands.summary import print_table
 from rlhf.config.load import load
 from rlhf.config.pipeline import PipelineConfig, Resources
 from rlhf.errors import ConfigError, DataError
@@ -21,7 +21,7 @@ from rlhf.runs import policies
 from rlhf.runs.policies import Place, Trained
 from rlhf.store.artifacts import Store
 from rlhf.store.opening import open_store
-from tasks.mlflow_server import tracking_uri
+from tasks.mlflow.server import tracking_uri
 
 if TYPE_CHECKING:
     from rlhf.runs.generate import Response, Sampling
@@ -106,7 +106,7 @@ def _place(store: Store, name: str) -> Place:
     """Where a model is that is named by its directory, or as a registered one of MLflow."""
     if not name.startswith(SCHEME):
         return Place(name)
-    from tasks.registry import directory
+    from tasks.mlflow.registry import directory
 
     return Place(str(directory(store, name, tracking_uri(None, store.home))))
 

@@ -18,7 +18,22 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from flows import cache, champions, compare, generate, reports, sheets, summary, up
+from flows.commands import (
+    cache,
+    compare,
+    generate,
+    summary,
+)
+from flows.commands import (
+    champion as champions,
+)
+from flows.commands import (
+    report as reports,
+)
+from flows.commands import (
+    sheet as sheets,
+)
+from flows.team import up
 from rlhf.cache.plan import Planner, Selection, StagePlan
 from rlhf.config.load import dump, load, presets
 from rlhf.config.pipeline import PipelineConfig
@@ -32,7 +47,7 @@ from rlhf.store.locations import STORE_VARIABLE, home_directory
 from rlhf.store.opening import open_store
 
 if TYPE_CHECKING:
-    from flows.server import Server
+    from flows.team.server import Server
 
 DEFAULT_SOURCE = "demo"
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
@@ -100,8 +115,8 @@ def _execute(config: PipelineConfig, selection: Selection, store: Store, console
     from flows.display import make_display
 
     server = _server(store)
-    from flows.heartbeats import looked_after
     from flows.pipeline import NONE, pipeline, watcher
+    from flows.team.heartbeats import looked_after
 
     if server is not None:
         server.wait()
@@ -123,7 +138,7 @@ def _execute(config: PipelineConfig, selection: Selection, store: Store, console
 
 def _server(store: Store) -> Server | None:
     """Set Prefect up, before it is imported; its server, if it has to be started."""
-    from flows.server import configure, connect
+    from flows.team.server import configure, connect
 
     os.environ["RLHF_HOME"] = str(store.home)
     configure(store.home)
@@ -134,8 +149,8 @@ def _sweep(options: argparse.Namespace, console: Console) -> None:
     _config(options)
     if server := _server(_store(options)):
         server.wait()
-    from flows.heartbeats import looked_after
     from flows.sweep import sweep
+    from flows.team.heartbeats import looked_after
 
     where: Literal["ray", "processes"] = "ray" if options.ray else "processes"
     with looked_after():
@@ -189,7 +204,7 @@ def _deploy(options: argparse.Namespace, console: Console) -> None:
         )
     import httpx
 
-    from flows.deployments import apply, schedule, shipped
+    from flows.team.deployments import apply, schedule, shipped
 
     configs = {one.name: one for one in [*(shipped() if options.shipped else []), config]}
     try:

@@ -1,7 +1,8 @@
 """Runs a stage in several processes, under ``accelerate launch``, and sees that none of them is left behind.
 
-The pipeline starts ``tasks.launcher``, which starts the ranks (``tasks.rank``). What they print goes to the log of the
-Prefect run. Each of the three ends when the one above it does, however that ended (``tasks.lifetime``).
+The pipeline starts ``tasks.processes.launcher``, which starts the ranks (``tasks.processes.rank``). What
+they print goes to the log of the Prefect run. Each of the three ends when the one above it does, however that ended
+(``tasks.processes.lifetime``).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from rlhf.config.pipeline import Resources
 from rlhf.context import Context
 from rlhf.errors import ConfigError, RlhfError
 from rlhf.tracking.tracker import Listener
-from tasks.messages import EVENTS, EXIT_CODES, FAILURE, METRICS, SPEC, Failure, Spec, decode
+from tasks.processes.messages import EVENTS, EXIT_CODES, FAILURE, METRICS, SPEC, Failure, Spec, decode
 
 log = logging.getLogger(__name__)
 
@@ -162,10 +163,10 @@ def _command(resources: Resources, place: Path) -> list[str]:
         "mixed_precision": "no",  # the stages take resources.precision
     }
     return [
-        *(sys.executable, "-m", "tasks.launcher", str(os.getpid()), str(place)),
+        *(sys.executable, "-m", "tasks.processes.launcher", str(os.getpid()), str(place)),
         *(f"--{name}={value}" for name, value in options.items()),
         *(["--multi_gpu"] if resources.processes > 1 else []),  # torch's agent; without a GPU, too
-        *("--module", "tasks.rank", str(place)),
+        *("--module", "tasks.processes.rank", str(place)),
     ]
 
 

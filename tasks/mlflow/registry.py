@@ -1,7 +1,7 @@
 """MLflow's model registry: its alias ``champion``, and the way from a registered model back to files.
 
 The registered models are ``<pipeline>`` and ``<pipeline>-reward``; a run registers its own, by its journal
-(``tasks.mlflow_files.register``). The alias ``champion`` follows ``rlhf.champions.history``, which is the truth, so
+(``tasks.mlflow.files.register``). The alias ``champion`` follows ``rlhf.champions.history``, which is the truth, so
 that MLflow being away changes nothing: what it was not told is told by the next run or command. All of it may be done
 twice.
 """
@@ -23,11 +23,11 @@ from rlhf.champions.history import Change, Considered, Contender, registered_nam
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.store.artifacts import Store, digest_of
 from rlhf.store.hashing import manifest_of
-from tasks.journal import JOURNAL, PARENT
-from tasks.mlflow_files import ABSENT, version_of
-from tasks.mlflow_server import brief, connect, error_code, without_password
-from tasks.mlflow_server import tags as tags_of
-from tasks.mlflow_sync import Shipped, ship
+from tasks.mlflow.files import ABSENT, version_of
+from tasks.mlflow.journal import JOURNAL, PARENT
+from tasks.mlflow.server import brief, connect, error_code, without_password
+from tasks.mlflow.server import tags as tags_of
+from tasks.mlflow.sync import Shipped, ship
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

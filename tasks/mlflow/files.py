@@ -13,8 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.mlflow_server import error_code
-from tasks.mlflow_server import tags as tags_of
+from tasks.mlflow.server import error_code
+from tasks.mlflow.server import tags as tags_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -128,7 +128,7 @@ def _send_model(client: MlflowClient, model: LoggedModel, path: Path, scratch: P
         from mlflow.models import Model, ModelSignature
         from mlflow.types import ParamSchema, ParamSpec
 
-        from tasks import serving
+        from tasks.mlflow import serving
 
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         params = serving.SCORING if serving.is_reward_model(config) else serving.GENERATION

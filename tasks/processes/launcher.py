@@ -1,6 +1,6 @@
 """What starts the processes of a stage: ``accelerate launch``, which says afterwards which of them failed.
 
-python -m tasks.launcher <process id of the pipeline> <folder> <arguments of accelerate launch>
+python -m tasks.processes.launcher <process id of the pipeline> <folder> <arguments of accelerate launch>
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from tasks.lifetime import end_with
-from tasks.messages import EXIT_CODES, LAUNCHER
+from tasks.processes.lifetime import end_with
+from tasks.processes.messages import EXIT_CODES, LAUNCHER
 
 
 def main(arguments: Sequence[str]) -> int:

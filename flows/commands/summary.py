@@ -11,13 +11,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from flows import reports
+from flows.commands import report as reports
 from rlhf.cache.plan import StagePlan
 from rlhf.config.load import Preset
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.runs import headlines
 from rlhf.store.artifacts import Store
-from tasks.mlflow_server import tracking_uri
+from tasks.mlflow.server import tracking_uri
 
 REASONS_SHOWN = 4
 

@@ -1,7 +1,7 @@
 """A flow that was cancelled ends as Cancelled.
 
 By itself, Prefect knows of a cancellation only as long as its own handler of SIGTERM is in place. A training replaces
-that one for as long as it takes to end its step (``tasks.stopping``), and Prefect would call the run Crashed.
+that one for as long as it takes to end its step (``tasks.processes.stopping``), and Prefect would call the run Crashed.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 from prefect.exceptions import TerminationSignal
 from prefect.states import Cancelled
 
-from tasks.prefect_server import is_being_cancelled
+from tasks.prefect.server import is_being_cancelled
 
 P = ParamSpec("P")
 R = TypeVar("R")
