@@ -30,12 +30,12 @@ MUTATIONS = [
         "test_invariants.py -k starts_at_ratio_one",
     ),
     Mutation(
-        "1", "dropout that a configuration names stays on", "adapt.py",
+        "1", "dropout that a configuration names stays on", "models/adapt.py",
         "vars(config).update(dict.fromkeys(names, 0.0))", "pass",
         "test_invariants.py -k starts_at_ratio_one",
     ),
     Mutation(
-        "1", "dropout modules stay on", "adapt.py", "module.p = 0.0", "pass",
+        "1", "dropout modules stay on", "models/adapt.py", "module.p = 0.0", "pass",
         "test_invariants.py -k starts_at_ratio_one",
     ),
     Mutation(
@@ -239,7 +239,7 @@ MUTATIONS = [
     Mutation(
         "7", "the best evaluation is not restored", "ppo/state.py",
         "progress.best = None if progress.best is None else Best(*progress.best)", "progress.best = None",
-        "test_heldout.py -k resumed",
+        "test_validation.py -k resumed",
     ),
     Mutation(
         "7", "global generators are not reseeded", "ppo/trainer.py",
@@ -251,7 +251,7 @@ MUTATIONS = [
         "test_resume.py -k 'same_bits and gpt2'",
     ),
     Mutation(
-        "7", "a checkpoint counts without its manifest", "checkpoints.py",
+        "7", "a checkpoint counts without its manifest", "store/checkpoints.py",
         "        if reason is None:\n            return path", "        return path",
         "test_resume.py -k damaged",
     ),
@@ -272,12 +272,13 @@ MUTATIONS = [
         "test_invariants.py test_policy.py -k 'lora or reference'",
     ),
     Mutation(
-        "9", "biases of the base learn too", "adapt.py", "lora_dropout=0.0,", 'lora_dropout=0.0,\n        bias="all",',
+        "9", "biases of the base learn too", "models/adapt.py",
+        "lora_dropout=0.0,", 'lora_dropout=0.0,\n        bias="all",',
         "test_invariants.py -k lora",
     ),
     # --- 10: combinations
     Mutation(
-        "10", "a warm-up is accepted with a value head", "ppo/settings.py",
+        "10", "a warm-up is accepted with a value head", "config/ppo_options.py",
         'if s.warmup_updates and s.value_model == "shared":', "if False:",
         "test_every_combination.py -k refused",
     ),
@@ -359,12 +360,12 @@ MUTATIONS = [
     Mutation(
         "options", "what a killed attempt kept as the best stays", "ppo/state.py",
         '    checkpoints.drop_after(directory / BEST,', '    (directory / BEST,',
-        "test_heldout.py -k kept_by_a_killed",
+        "test_validation.py -k kept_by_a_killed",
     ),
     # --- evaluations, judges, over-optimisation
     Mutation(
         "judges", "a standard error over n", "ppo/overoptimisation.py", "values.std(correction=1)",
-        "values.std(correction=0)", "test_overoptimisation.py test_heldout.py -k 'standard or numbers'",
+        "values.std(correction=0)", "test_overoptimisation.py test_validation.py -k 'standard or numbers'",
     ),
     Mutation(
         "judges", "the many looks are not paid for", "ppo/overoptimisation.py",
@@ -412,8 +413,8 @@ MUTATIONS = [
     ),
     Mutation(
         "judges", "an evaluation is held against itself", "ppo/state.py",
-        "        proxy, judges = columns[\"score\"], heldout.judged(columns)\n",
-        "        proxy, judges = columns[\"score\"], heldout.judged(columns)\n"
+        "        proxy, judges = columns[\"score\"], validation.judged(columns)\n",
+        "        proxy, judges = columns[\"score\"], validation.judged(columns)\n"
         "        self.peaks = overoptimisation.followed({}, update, proxy, judges)\n",
         "test_overoptimisation.py -k too_much",
     ),
@@ -423,39 +424,39 @@ MUTATIONS = [
         "test_resume.py -k 'same_bits and gpt2'",
     ),
     Mutation(
-        "judges", "the policy before training may be the best", "ppo/heldout.py",
+        "judges", "the policy before training may be the best", "ppo/validation.py",
         "found if update and within", "found if within",
-        "test_heldout.py -k 'remains or budget'",
+        "test_validation.py -k 'remains or budget'",
     ),
     Mutation(
         "judges", "no evaluation before the first update", "ppo/trainer.py",
         "if self.progress.update == 0 and self.settings.eval_every:", "if False:",
-        "test_heldout.py -k before_the_first",
+        "test_validation.py -k before_the_first",
     ),
     Mutation(
-        "judges", "another evaluation draws other numbers", "ppo/heldout.py",
+        "judges", "another evaluation draws other numbers", "ppo/validation.py",
         'batching.generator(seed, "evaluate")', "None",
-        "test_heldout.py -k 'numbers or nothing_that_is_trained'",
+        "test_validation.py -k 'numbers or nothing_that_is_trained'",
     ),
     Mutation(
-        "judges", "a process's prompts in another one's places", "ppo/heldout.py",
+        "judges", "a process's prompts in another one's places", "ppo/validation.py",
         "table[:, mine] = ", "table[:, : len(made.responses)] = ",
         "test_processes.py",
     ),
     Mutation(
-        "judges", "the held-out judge does not choose", "ppo/heldout.py",
+        "judges", "the held-out judge does not choose", "ppo/validation.py",
         'default = "judge/held_out" if "held_out" in judges else "score"', 'default = "score"',
-        "test_heldout.py -k held_out_judges",
+        "test_validation.py -k held_out_judges",
     ),
     Mutation(
-        "options", "the KL budget is not kept", "ppo/heldout.py",
+        "options", "the KL budget is not kept", "ppo/validation.py",
         "found.kl <= settings.kl_budget", "True",
-        "test_heldout.py -k budget",
+        "test_validation.py -k budget",
     ),
     Mutation(
         "options", "the last policy remains in place of the best", "ppo/trainer.py",
         "        self.take_best()\n", "",
-        "test_heldout.py -k remains",
+        "test_validation.py -k remains",
     ),
     Mutation(
         "options", "asked to end, it leaves no checkpoint", "ppo/trainer.py",

@@ -146,11 +146,11 @@ def test_the_same_files_again(project: Path, prepared: Prepared, tmp_path: Path)
 @pytest.mark.slow
 def test_the_same_files_in_another_process(project: Path, prepared: Prepared, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from tests.rlhf.test_prepare import Prepared\n"
+        "import sys; from pathlib import Path; from tests.rlhf.prepare.test_stage import Prepared\n"
         "Prepared(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
     environment = {"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "2", "TOKENIZERS_PARALLELISM": "true", "PATH": ""}
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     subprocess.run(
         [sys.executable, "-c", code, str(project), str(tmp_path / "other")], check=True, env=environment, cwd=root
     )

@@ -19,7 +19,7 @@ from tasks.mlflow.server import connect, default_uri
 from tasks.mlflow.sync import BusyError, Replay, Shipped, run_urls, ship, ship_pending
 from tests.tasks.mlflow_reads import history, runs_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

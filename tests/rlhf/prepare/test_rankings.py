@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.rlhf.data.test_kinds import Prepared, error_of, write
+from tests.rlhf.prepare.test_kinds import Prepared, error_of, write
 
 
 def test_a_ranking_becomes_all_of_its_pairs(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from rlhf.config import load as settings
 from rlhf.config.pipeline import Judge
 from rlhf.judge.judges import ByComparison
 
-DOCS = Path(__file__).parents[2] / "docs" / "judge.md"
+DOCS = Path(__file__).parents[3] / "docs" / "judge.md"
 
 
 def block(language: str) -> str:

@@ -1,6 +1,6 @@
 """A large CSV file: memory stays bounded, and the time is that of as many rows in smaller files.
 
-With 2 million rows, about 1 GB: ``RLHF_LARGE_ROWS=2000000 pytest tests/rlhf/data/test_large.py``.
+With 2 million rows, about 1 GB: ``RLHF_LARGE_ROWS=2000000 pytest tests/rlhf/prepare/test_large.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, PreTrainedTokenizerFast
 
-from tests.rlhf.data.large_csv import WORDS
+from tests.rlhf.prepare.large_csv import WORDS
 
 ROOT = Path(__file__).parents[3]
 LARGE = int(os.environ.get("RLHF_LARGE_ROWS", "400000"))

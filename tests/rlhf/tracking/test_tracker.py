@@ -175,7 +175,7 @@ def test_everything_logged_survives_kill_9(tmp_path: Path) -> None:
         "    tracker.log({'a': 1.0}, step); print(step, flush=True); step += 1\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]
+        [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]
     )
     assert process.stdout is not None
     for _ in range(200):

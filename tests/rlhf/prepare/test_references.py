@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.prepare.sizing import _whole_prompts
 from rlhf.prepare.spool import Written
-from tests.rlhf.data.test_kinds import Prepared, error_of, write
+from tests.rlhf.prepare.test_kinds import Prepared, error_of, write
 
 
 def prompts(folder: Path, rows: list[dict[str, Any]], name: str = "a.jsonl", **columns: str) -> Prepared:

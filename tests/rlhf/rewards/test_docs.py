@@ -15,7 +15,7 @@ from transformers import BertModel
 from rlhf import rewards
 from rlhf.config import load as settings
 
-DOCS = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text(encoding="utf-8")
+DOCS = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text(encoding="utf-8")
 
 
 def block(language: str, begin: str) -> str:

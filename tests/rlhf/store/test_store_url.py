@@ -13,7 +13,7 @@ from rlhf.errors import ConfigError
 from rlhf.store import shared as shared_store
 from rlhf.store.artifacts import Store
 from rlhf.store.opening import open_store
-from tests.rlhf.test_shared_store import PLACE, compute
+from tests.rlhf.store.test_shared import PLACE, compute
 
 
 def test_a_shared_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from rlhf.errors import ArtifactError
 from rlhf.tracking.tracker import JournalTracker
 from tasks.mlflow.journal import JOURNAL, PARENT, RunJournal, end_if_abandoned, operations, owner_lives
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def records(directory: Path) -> list[dict[str, Any]]:

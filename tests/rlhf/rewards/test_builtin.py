@@ -47,7 +47,7 @@ def test_a_second_built_in_of_a_name_is_refused() -> None:
 
 
 def test_every_built_in_is_documented_and_takes_columns() -> None:
-    docs = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text("utf-8")
+    docs = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text("utf-8")
     for name, builtin in registry.builtins().items():
         assert builtin.function.__doc__
         assert f"`{name}`" in docs

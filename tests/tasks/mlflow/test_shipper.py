@@ -29,7 +29,7 @@ from tasks.mlflow.sync import Shipped, ship
 from tasks.processes.stopping import STOP_SECONDS
 from tests.tasks.mlflow_reads import history, runs_of
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
