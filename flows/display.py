@@ -8,11 +8,10 @@ from functools import partial
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
-from rich.progress import Progress as Bars
+from rich.progress import BarColumn, Progress as Bars, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from rlhf.runs.headlines import duration
-from rlhf.tracking.tracker import Entry, Progress
+from rlhf.runs import duration
+from rlhf.tracking import Entry, Progress
 
 LINE_SECONDS = 10.0  # between two plain lines of one stage
 ENDING = "ends at the next step, with a checkpoint; a second Ctrl-C ends it at once"

@@ -16,17 +16,13 @@ from typing import Annotated, Any, Final, Literal
 from prefect import flow, get_run_logger
 from pydantic import Field
 
-from flows.commands import champion as champions
-from flows.commands import report as reports
+from flows import promotion
 from flows.display import PlainDisplay
-from rlhf.cache.plan import Planner, Selection
-from rlhf.config.load import load, presets
-from rlhf.config.pipeline import PipelineConfig
-from rlhf.runs.records import RunRecord
+from rlhf.cache import Planner, Selection
+from rlhf.config import PipelineConfig, load, presets
+from rlhf.runs import RunRecord
 from rlhf.stages import StageName
-from rlhf.store.artifacts import Store
-from rlhf.store.disk import named_if_full
-from rlhf.store.opening import open_store
+from rlhf.store import Store, named_if_full, open_store
 from tasks import tracking
 from tasks.mlflow.journal import RunJournal
 from tasks.mlflow.server import tracking_uri
@@ -166,7 +162,7 @@ def _run(config: PipelineConfig, store: Store, selection: Selection, shipper: Sh
                 record.stages[stage] = _stage(run, stage)
                 record.write(store.home)
             tracking.finish(run, prefect_ui.flow_run_link())
-        champions.tell(store.home, config)  # what MLflow could not be told before
+        promotion.tell(store.home, config)  # what MLflow could not be told before
     finally:
         prefect_ui.show_run(run)
         current_run.reset(token)
@@ -197,8 +193,10 @@ def _reported(run: Run, record: RunRecord) -> Iterator[None]:
         yield
     finally:
         if record.stages:
+            from rlhf.report import write as write_report  # Jinja and more, which comes when it is needed
+
             try:
-                tracking.report(run, reports.write(record, run.store))
+                tracking.report(run, write_report(record, run.store))
             except Exception:
                 log.exception("the report of run %s could not be made; `rlhf report %s` tries again", run.id, run.id)
 

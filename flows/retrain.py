@@ -12,14 +12,14 @@ from prefect.input import RunInput
 from prefect.states import Completed
 from pydantic import Field
 
-from flows.commands import champion as champions
-from flows.commands.champion import Answer
+from flows import promotion
 from flows.pipeline import run_pipeline
-from rlhf.cache.plan import Planner, Selection
-from rlhf.champions import history as champion
-from rlhf.champions.history import Contender
-from rlhf.config.pipeline import PipelineConfig
-from rlhf.store.opening import open_store
+from flows.promotion import Answer
+from rlhf import champions
+from rlhf.cache import Planner, Selection
+from rlhf.champions import Contender
+from rlhf.config import PipelineConfig
+from rlhf.store import open_store
 from tasks.prefect import ui as prefect_ui
 from tasks.prefect.cancelling import cancellable
 from tasks.prefect.flow_runs import flow_run_alive
@@ -54,24 +54,24 @@ def retrain(config: PipelineConfig) -> State[dict[str, Any]]:
     """
     enter_project()
     store = open_store()
-    considered = champion.considered(store.home, config.name)
-    last = considered.candidate if considered else champion.champion(store.home, config.name)
+    considered = champions.considered(store.home, config.name)
+    last = considered.candidate if considered else champions.champion(store.home, config.name)
     plans = Planner(config, store).plan()
-    changes = champion.news(store, last, plans)
+    changes = champions.news(store, last, plans)
     if not changes:
         words = _compared(plans[0].ingredients, [plan.stage for plan in plans])
-        champions.tell(store.home, config)
+        promotion.tell(store.home, config)
         return _end(NOTHING_NEW, [f"{words}: the same as of run {last.run_id if last else ''}."])
     for line in changes:
         get_run_logger().info("changed: %s", line)
     run = run_pipeline(config, Selection())
     candidate = Contender(run["run_id"], {stage: row["key"] for stage, row in run["stages"].items()})
     with flow_run_alive(store.home):
-        decision = champions.decide(
+        decision = promotion.decide(
             store,
             config,
             candidate,
-            who=champion.person(),
+            who=champions.person(),
             ask=(lambda verdict: ask(config, candidate, verdict.reasons)) if config.promotion.approval else None,
             turn=slot_of(config, store.home),
         )

@@ -23,12 +23,10 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner
 from pydantic import Field
 
 from flows.pipeline import pipeline
-from rlhf.cache.plan import Planner
-from rlhf.config.load import load
-from rlhf.config.pipeline import PipelineConfig
-from rlhf.config.yaml12 import read_mapping, write_value
+from rlhf.cache import Planner
+from rlhf.config import PipelineConfig, load, read_mapping, write_value
 from rlhf.errors import ConfigError, RlhfError
-from rlhf.store.opening import open_store
+from rlhf.store import open_store
 from tasks.prefect.cancelling import cancellable
 from tasks.prefect.flow_runs import flow_run_alive
 from tasks.prefect.project import enter_project

@@ -4,6 +4,10 @@ Every class is also a standard type, so that code that does not know this projec
 instance pickles, so that it crosses process boundaries.
 """
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any
+
 
 class RlhfError(Exception):
     """Base of everything that this project raises on purpose."""
@@ -53,3 +57,16 @@ class StoppedError(RlhfError, RuntimeError):
 
 class TrainingError(RlhfError, ArithmeticError):
     """Training cannot go on: a loss, reward or gradient is not finite."""
+
+
+def show(value: Any, length: int = 60) -> str:
+    """A value for a message, on one line and shortened."""
+    text = "nothing (null)" if value is None else repr(value)
+    return text if len(text) <= length else f"{text[: length - 4]}...{text[-1]}"
+
+
+def did_you_mean(word: str, words: Iterable[str], what: str = "") -> str:
+    """``"; did you mean 'x'?"``, or nothing where no word is close."""
+    by_lower = {other.lower(): other for other in words}
+    close = get_close_matches(word.lower(), by_lower, n=1)
+    return f"; did you mean {what}{by_lower[close[0]]!r}?" if close else ""

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from rlhf.cache.plan import Planner, Selection, StagePlan
-from rlhf.config.pipeline import PipelineConfig
-from rlhf.store.artifacts import Manifest, Store
-from rlhf.tracking.tracker import Entry, Listener, Progress
+from rlhf.cache import Planner, Selection, StagePlan
+from rlhf.config import PipelineConfig
+from rlhf.store import Manifest, Store
+from rlhf.tracking import Entry, Listener, Progress
 from tasks.mlflow.journal import RunJournal
 
 

@@ -26,9 +26,9 @@ from prefect.client.schemas.objects import ConcurrencyLeaseHolder
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
-from rlhf.config.pipeline import PipelineConfig
+from rlhf.config import PipelineConfig
 from rlhf.stages import stage_modules
-from rlhf.store.locks import POLL_SECONDS, try_lock, unlock
+from rlhf.store import POLL_SECONDS, try_lock, unlock
 from tasks.prefect.server import is_away, is_private, make_limit, patiently, quickly
 from tasks.run import Run
 

@@ -23,12 +23,12 @@ from prefect.cache_policies import CacheKeyFnPolicy
 from prefect.transactions import BaseTransaction, IsolationLevel
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from rlhf.cache.plan import StagePlan
+from rlhf.cache import StagePlan
 from rlhf.context import Context
 from rlhf.errors import ArtifactError, NotCachedError
 from rlhf.stages import STAGES, stage_inputs
-from rlhf.store.artifacts import JOURNAL, Manifest, make_manifest
-from rlhf.tracking.tracker import JournalTracker
+from rlhf.store import JOURNAL, Manifest, make_manifest
+from rlhf.tracking import JournalTracker
 from tasks.prefect.lock_manager import FlockLockManager
 from tasks.processes import launch, system
 from tasks.processes.stopping import gently

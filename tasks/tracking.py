@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from rlhf.champions.history import Contender, registered_names
-from rlhf.config.fields import written
-from rlhf.config.load import dump
-from rlhf.config.pipeline import PipelineConfig
+from rlhf.champions import Contender, registered_names
+from rlhf.config import PipelineConfig, dump, written
 from rlhf.stages import enabled_stages
-from rlhf.store.artifacts import JOURNAL, Manifest
+from rlhf.store import JOURNAL, Manifest
 from tasks.mlflow import descriptions
 from tasks.mlflow.journal import PARENT
 from tasks.run import Run

@@ -10,14 +10,10 @@ from typing import Any
 from rich.console import Console
 
 from flows.commands import summary
-from rlhf.champions import history as champion
+from rlhf import champions
 from rlhf.errors import ArtifactError, ConfigError
-from rlhf.runs import headlines
-from rlhf.runs.records import read_runs
-from rlhf.store import artifacts
-from rlhf.store.artifacts import Manifest, Store
-from rlhf.store.locations import STORE_VARIABLE, home_directory
-from rlhf.store.opening import SharingStore, open_store
+from rlhf.runs import read_runs
+from rlhf.store import STORE_VARIABLE, Manifest, SharingStore, Store, artifacts, home_directory, open_store, sizes
 
 
 def ls(options: argparse.Namespace, console: Console) -> None:
@@ -39,13 +35,13 @@ def ls(options: argparse.Namespace, console: Console) -> None:
         print(json.dumps(rows, indent=1))
         return
     table = [
-        (r["stage"], r["key"][:12], r["pipeline"] or "", headlines.size(r["bytes"] or 0),
+        (r["stage"], r["key"][:12], r["pipeline"] or "", sizes.size(r["bytes"] or 0),
          time.strftime("%Y-%m-%d %H:%M", time.localtime(r["last_used"])), r["state"])
         for r in rows
     ]  # fmt: skip
     summary.print_table(("stage", "key", "pipeline", "size", "last used", "state"), table, console)
     console.print(
-        f"{len(rows)} artifacts, {headlines.size(sum(r['bytes'] or 0 for r in rows))} in {store.root}", soft_wrap=True
+        f"{len(rows)} artifacts, {sizes.size(sum(r['bytes'] or 0 for r in rows))} in {store.root}", soft_wrap=True
     )
 
 
@@ -91,8 +87,8 @@ def gc(options: argparse.Namespace, console: Console) -> None:
         for record in records[-options.keep :]
         for stage, row in record.stages.items()
     }
-    deleted = store.collect_garbage(keep | champion.artifacts_in_use(store.home), dry_run=options.dry_run)
+    deleted = store.collect_garbage(keep | champions.artifacts_in_use(store.home), dry_run=options.dry_run)
     for path, size in deleted:
-        console.print(f"{path}  {headlines.size(size)}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{path}  {sizes.size(size)}", highlight=False, markup=False, soft_wrap=True)
     verb = "would free" if options.dry_run else "freed"
-    console.print(f"{len(deleted)} deleted, {verb} {headlines.size(sum(size for _, size in deleted))}")
+    console.print(f"{len(deleted)} deleted, {verb} {sizes.size(sum(size for _, size in deleted))}")

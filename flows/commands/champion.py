@@ -1,4 +1,4 @@
-"""``rlhf champion``: who is in use and why, the gate, and the way back; and the decision itself, for retraining too."""
+"""``rlhf champion``: who is in use and why, the gate, and the way back."""
 
 from __future__ import annotations
 
@@ -6,30 +6,28 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from rich.console import Console
 
+from flows import promotion
 from flows.commands.summary import print_table
-from rlhf.champions import history as champion
-from rlhf.champions.history import Considered, Contender
-from rlhf.config.explain import did_you_mean
-from rlhf.config.pipeline import PipelineConfig
-from rlhf.errors import ArtifactError, ConfigError
-from rlhf.runs.records import RunRecord, read_runs
+from rlhf import champions
+from rlhf.champions import Contender
+from rlhf.config import PipelineConfig
+from rlhf.errors import ArtifactError, ConfigError, did_you_mean
+from rlhf.runs import RunRecord, read_runs
 from rlhf.stages import enabled_stages
-from rlhf.store.artifacts import Store
-from rlhf.store.opening import open_store
+from rlhf.store import Store, open_store
 from tasks.mlflow import registry
 from tasks.mlflow.server import tracking_uri
 
 if TYPE_CHECKING:
-    from rlhf.champions.gate import Verdict
+    pass
 
 ABOUT = (
     "Show the champions, why they are that and since when; let the gate decide about a run (promote: exit code 1 if it "
@@ -39,83 +37,8 @@ USAGE = """rlhf champion [PIPELINE ...]
        rlhf champion promote [RUN|PIPELINE] [--force --why TEXT]
        rlhf champion rollback PIPELINE [--why TEXT]"""
 REFUSED = 1  # exit code
-Reasons = tuple[str, ...]
 
 
-# -------------------------------------------------------------------------------------------------------- the decision
-class Answer(NamedTuple):
-    """What a person said of a candidate that the gate would promote."""
-
-    approved: bool
-    who: str
-    why: str
-
-
-class Decision(NamedTuple):
-    """What became of a candidate. ``verdict`` is None where it has the champion's policy: nothing was to be decided."""
-
-    candidate: Contender
-    champion: Contender | None  # the one that it was compared with
-    verdict: Verdict | None
-    promoted: bool
-    reasons: Reasons
-
-
-def decide(
-    store: Store,
-    config: PipelineConfig,
-    candidate: Contender,
-    *,
-    who: str,
-    why: Reasons = (),
-    ask: Callable[[Verdict], Answer] | None = None,
-    turn: AbstractContextManager[Any] | None = None,
-) -> Decision:
-    """Let the gate decide whether a finished run becomes the champion of now; record it, and tell MLflow.
-
-    Args:
-        store: has the artifacts of both.
-        config: of the candidate's run.
-        candidate: the run.
-        who: whose decision it is, where nobody is asked.
-        why: what is to be kept beside the gate's reasons.
-        ask: asks a person, before what the gate would promote is promoted.
-        turn: is held while models compute.
-
-    Raises:
-        ConfigError: another run has become the champion while a person was asked.
-        ArtifactError: artifacts of the candidate are gone or damaged, or a file of the champions is.
-    """
-    from rlhf.champions import contest, gate  # here, as torch comes with it
-
-    holder = champion.champion(store.home, config.name)
-    with turn or nullcontext():
-        figures = contest.hold(config, store, candidate, holder)
-    if figures is None:
-        assert holder is not None
-        same = f"the policy of run {candidate.run_id} is that of the champion, run {holder.run_id}: nothing to decide"
-        decision = Decision(candidate, holder, None, False, (same,))
-    else:
-        verdict = gate.judged(figures, config.promotion)
-        decision = Decision(candidate, holder, verdict, verdict.promote, (*why, *verdict.reasons))
-        if decision.promoted and ask is not None:
-            answer = ask(verdict)
-            who, words = answer.who, (answer.why,) if answer.why else ()
-            decision = decision._replace(promoted=answer.approved, reasons=(*words, *decision.reasons))
-    if decision.promoted:
-        champion.promote(store.home, config.name, candidate, over=holder, who=who, why=decision.reasons)
-    champion.consider(store.home, config.name, Considered(candidate, decision.promoted, decision.reasons))
-    tell(store.home, config)
-    return decision
-
-
-def tell(home: Path, config: PipelineConfig) -> bool:
-    """Tell MLflow what it does not know of a pipeline's champions; whether it knows all now."""
-    uri = tracking_uri(config.tracking.uri, home)
-    return not config.tracking.enabled or registry.tell(home, config.name, uri)
-
-
-# --------------------------------------------------------------------------------------------------------- the command
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command, but ``--home``, ``--store`` and ``--json``."""
     parser.usage = USAGE
@@ -151,14 +74,14 @@ def _promote(store: Store, word: str | None, options: argparse.Namespace, consol
     config = _config(record)
     candidate = Contender(record.id, {stage: row["key"] for stage, row in record.stages.items()})
     why = (options.why,) if options.why else ()
-    who = champion.person()
+    who = champions.person()
     if options.force:
         decision = _forced(store, config, candidate, who, why)
     else:
         from tasks.slots import slot_of  # here, as Prefect comes with it
 
         turn = slot_of(config, store.home, leased="PREFECT_API_URL" in os.environ)
-        decision = decide(store, config, candidate, who=who, why=why, turn=turn)
+        decision = promotion.decide(store, config, candidate, who=who, why=why, turn=turn)
     if options.json:
         print(json.dumps(_as_json(decision), indent=1))
     else:
@@ -166,14 +89,16 @@ def _promote(store: Store, word: str | None, options: argparse.Namespace, consol
     return REFUSED if decision.verdict is not None and not decision.promoted else 0
 
 
-def _forced(store: Store, config: PipelineConfig, candidate: Contender, who: str, why: Reasons) -> Decision:
-    holder = champion.champion(store.home, config.name)
+def _forced(
+    store: Store, config: PipelineConfig, candidate: Contender, who: str, why: tuple[str, ...]
+) -> promotion.Decision:
+    holder = champions.champion(store.home, config.name)
     if holder is not None and holder.run_id == candidate.run_id:
         raise ConfigError(f"run {candidate.run_id} is the champion of {config.name!r} already")
     _check_policy(store, candidate)
-    champion.promote(store.home, config.name, candidate, over=holder, who=who, why=why, forced=True)
-    tell(store.home, config)
-    return Decision(candidate, holder, None, True, why)
+    champions.promote(store.home, config.name, candidate, over=holder, who=who, why=why, forced=True)
+    promotion.tell(store.home, config)
+    return promotion.Decision(candidate, holder, None, True, why)
 
 
 def _check_policy(store: Store, contender: Contender) -> None:
@@ -195,10 +120,12 @@ def _check_policy(store: Store, contender: Contender) -> None:
 def _roll_back(store: Store, pipeline: str, options: argparse.Namespace, console: Console) -> int:
     if options.force:
         raise ConfigError("--force is for promote; nothing keeps a rollback from being done")
-    line = champion.history(store.home, pipeline).line
+    line = champions.history(store.home, pipeline).line
     if len(line) > 1:
         _check_policy(store, line[-2])
-    change = champion.roll_back(store.home, pipeline, who=champion.person(), why=(options.why,) if options.why else ())
+    change = champions.roll_back(
+        store.home, pipeline, who=champions.person(), why=(options.why,) if options.why else ()
+    )
     _tell_later(store.home, pipeline)
     if options.json:
         print(json.dumps(asdict(change), indent=1))
@@ -208,7 +135,7 @@ def _roll_back(store: Store, pipeline: str, options: argparse.Namespace, console
 
 
 def _show(store: Store, pipelines: Sequence[str], options: argparse.Namespace, console: Console) -> int:
-    known = champion.pipelines(store.home)
+    known = champions.pipelines(store.home)
     for name in pipelines:
         if name not in known:
             raise ConfigError(f"pipeline {name!r} has no champion and no candidate yet{did_you_mean(name, known)}")
@@ -226,7 +153,7 @@ def _show(store: Store, pipelines: Sequence[str], options: argparse.Namespace, c
 
 
 def _state(home: Path, pipeline: str) -> dict[str, Any]:
-    known, last = champion.history(home, pipeline), champion.considered(home, pipeline)
+    known, last = champions.history(home, pipeline), champions.considered(home, pipeline)
     return {
         "champion": asdict(known.last) if known.last else None,
         "before": [contender.run_id for contender in known.line[:-1]],
@@ -236,7 +163,7 @@ def _state(home: Path, pipeline: str) -> dict[str, Any]:
 
 
 def _show_one(home: Path, pipeline: str, console: Console) -> None:
-    known, last = champion.history(home, pipeline), champion.considered(home, pipeline)
+    known, last = champions.history(home, pipeline), champions.considered(home, pipeline)
     console.print(f"\n{pipeline}", style="bold", markup=False, highlight=False)
     if known.last is not None:
         change = known.last
@@ -253,7 +180,7 @@ def _show_one(home: Path, pipeline: str, console: Console) -> None:
             _say(console, f"             {line}")
 
 
-def _print(pipeline: str, decision: Decision, console: Console) -> None:
+def _print(pipeline: str, decision: promotion.Decision, console: Console) -> None:
     if decision.verdict is not None:
         rows = [("passed" if one.passed else "FAILED", one.name, one.sentence) for one in decision.verdict.conditions]
         print_table(("", "condition", ""), rows, console)
@@ -269,8 +196,8 @@ def _print(pipeline: str, decision: Decision, console: Console) -> None:
         _say(console, f"{pipeline}: run {run_id} is refused, and {stays}; `--force --why TEXT` goes past the gate")
 
 
-def _as_json(decision: Decision) -> dict[str, Any]:
-    from rlhf.statistics.intervals import without_nan
+def _as_json(decision: promotion.Decision) -> dict[str, Any]:
+    from rlhf.statistics import without_nan
 
     verdict = decision.verdict
     found: dict[str, Any] = without_nan({

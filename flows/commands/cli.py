@@ -18,33 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console
 
-from flows.commands import (
-    cache,
-    compare,
-    generate,
-    summary,
-)
-from flows.commands import (
-    champion as champions,
-)
-from flows.commands import (
-    report as reports,
-)
-from flows.commands import (
-    sheet as sheets,
-)
+from flows.commands import cache, champion, compare, generate, report, sheet, summary
 from flows.team import up
-from rlhf.cache.plan import Planner, Selection, StagePlan
-from rlhf.config.load import dump, load, presets
-from rlhf.config.pipeline import PipelineConfig
+from rlhf.cache import Planner, Selection, StagePlan
+from rlhf.config import PipelineConfig, dump, load, presets
 from rlhf.errors import ConfigError, InputError, RlhfError
-from rlhf.runs import headlines
-from rlhf.runs.records import read_runs
+from rlhf.runs import headlines, read_runs
 from rlhf.stages import STAGES
-from rlhf.store.artifacts import Store
-from rlhf.store.disk import named_if_full
-from rlhf.store.locations import STORE_VARIABLE, home_directory
-from rlhf.store.opening import open_store
+from rlhf.store import STORE_VARIABLE, Store, home_directory, named_if_full, open_store
 
 if TYPE_CHECKING:
     from flows.team.server import Server
@@ -188,7 +169,7 @@ def _show(options: argparse.Namespace, console: Console) -> None:
 def _validate(options: argparse.Namespace, console: Console) -> None:
     config = _config(options)
     Planner(config, _store(options)).plan()  # the files and functions that it names are there
-    from rlhf.prepare.stage import check
+    from rlhf.prepare import check
 
     checked = check(config)  # every row is as it must be
     rows = ", ".join(f"{sized.kept} {kind}" for kind, sized in checked.kinds.items())
@@ -321,9 +302,9 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument("--last", type=_count, default=20, help="how many (default: 20)")
     compare.add_diff_arguments(add("diff", compare.diff, compare.ABOUT_DIFF, as_json))
     compare.add_compare_arguments(add("compare", compare.compare, compare.ABOUT_COMPARE, as_json))
-    reports.add_arguments(add("report", reports.report, reports.ABOUT, as_json))
-    champions.add_arguments(add("champion", champions.command, champions.ABOUT, store, as_json))
-    sheets.add_arguments(add("sheet", sheets.sheet, sheets.ABOUT, store, as_json))
+    report.add_arguments(add("report", report.report, report.ABOUT, as_json))
+    champion.add_arguments(add("champion", champion.command, champion.ABOUT, store, as_json))
+    sheet.add_arguments(add("sheet", sheet.sheet, sheet.ABOUT, store, as_json))
     up.add_arguments(add("up", up.up, up.ABOUT, store))
     deploy = add("deploy", _deploy, "Put deployments on the Prefect server of PREFECT_API_URL.", source)
     deploy.add_argument("--cron", help="when to look for something new and retrain, such as '0 3 * * *'")

@@ -16,17 +16,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from flows.commands.summary import print_table
-from rlhf.config.explain import did_you_mean
-from rlhf.errors import ConfigError
-from rlhf.metrics.labels import LABELS, label
-from rlhf.runs import headlines
-from rlhf.runs.records import CHAMPION, RunRecord, find_run, read_runs
-from rlhf.store.artifacts import Store
-from rlhf.store.locations import home_directory
+from rlhf.champions import CHAMPION, find_run
+from rlhf.errors import ConfigError, did_you_mean
+from rlhf.metrics import LABELS, label
+from rlhf.runs import RunRecord, headlines, read_runs
+from rlhf.store import Store, home_directory
 
 if TYPE_CHECKING:
-    from rlhf.runs.compared import Change, Compared, Row
-    from rlhf.statistics.intervals import Estimate
+    from rlhf.runs import Change, Compared, Row
+    from rlhf.statistics import Estimate
 
 ABOUT_DIFF = "Say what differs between two runs: configuration, data, code, versions, and figures beyond noise."
 ABOUT_COMPARE = "Show runs side by side: the settings in which they differ, and what they measured."
@@ -162,7 +160,7 @@ def _print_figures(figures: Sequence[Compared], everything: bool, console: Conso
 
 def _shown(figures: Mapping[str, Compared], policy: str) -> dict[str, str]:
     """The figures that people look at, if they can be tested, or would be but for the judge; with what to call them."""
-    from rlhf.runs.compared import NO_INTERVAL
+    from rlhf.runs import NO_INTERVAL
 
     prefix = f"evaluate/{policy}/"
     found = {name: _win_rate(name) for start in WIN_RATES for name in figures if name.startswith(start)}

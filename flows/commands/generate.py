@@ -14,17 +14,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from flows.commands.summary import print_table
-from rlhf.config.load import load
-from rlhf.config.pipeline import PipelineConfig, Resources
+from rlhf.config import PipelineConfig, Resources, load
 from rlhf.errors import ConfigError, DataError
-from rlhf.runs import policies
-from rlhf.runs.policies import Place, Trained
-from rlhf.store.artifacts import Store
-from rlhf.store.opening import open_store
+from rlhf.runs import Place, Trained, policies
+from rlhf.store import Store, open_store
 from tasks.mlflow.server import tracking_uri
 
 if TYPE_CHECKING:
-    from rlhf.runs.generate import Response, Sampling
+    from rlhf.runs import Response, Sampling
 
 ABOUT = (
     "Compare the base, SFT and PPO policies of a pipeline on your prompts, with a score where there is a reward. "
@@ -112,7 +109,7 @@ def _place(store: Store, name: str) -> Place:
 
 
 def _sampling(options: argparse.Namespace, config: PipelineConfig | None) -> Sampling:
-    from rlhf.runs.generate import Sampling
+    from rlhf.runs import Sampling
 
     sampling = Sampling()
     if config is not None:

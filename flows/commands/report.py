@@ -1,20 +1,17 @@
-"""The report of a run, ``<home>/runs/<run id>/report.html``: made at the end of each run, and by ``rlhf report``."""
+"""``rlhf report``: the report of a run, made anew."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from rlhf.cache.plan import StagePlan
+from rlhf.champions import find_run
 from rlhf.errors import ConfigError
-from rlhf.runs.records import REPORT, RunRecord, find_run, read_runs
-from rlhf.store.artifacts import Store
-from rlhf.store.locations import home_directory
+from rlhf.runs import RunRecord, read_runs
+from rlhf.store import Store, home_directory
 
 ABOUT = "Write the report of a run, one HTML file that needs no network, and print where it is."
 
@@ -32,6 +29,8 @@ def report(options: argparse.Namespace, console: Console) -> None:
     Raises:
         ConfigError: there is no such run.
     """
+    from rlhf.report import write  # Jinja and more, which most commands do without
+
     home = home_directory(options.home)
     path = write(find_run(home, options.run) if options.run else _last(home), Store(home))
     if options.json:
@@ -45,29 +44,3 @@ def _last(home: Path) -> RunRecord:
     if not records:
         raise ConfigError(f"there is no run in {home / 'runs'} to report on; `rlhf run` makes one")
     return records[-1]
-
-
-def write(record: RunRecord, store: Store) -> Path:
-    """Write the report of a run from what its stages left; where it is.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    from rlhf.report import page, sources_of  # Jinja and more, which most commands do without
-
-    path = store.home / "runs" / record.id / REPORT
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(page(sources_of(record, store)), encoding="utf-8")
-    os.replace(temporary, path)
-    return path.resolve()
-
-
-def of_plans(plans: Sequence[StagePlan], home: Path) -> Path | None:
-    """The report of the last run that had these very artifacts; None where there is none."""
-    keys = {plan.stage: plan.key for plan in plans}
-    for record in reversed(read_runs(home)):
-        path = home / "runs" / record.id / REPORT
-        if {stage: row["key"] for stage, row in record.stages.items()} == keys and path.is_file():
-            return path.resolve()
-    return None

@@ -13,12 +13,11 @@ from typing import Any
 from rich.console import Console
 
 from flows.commands.summary import print_table
+from rlhf.champions import CHAMPION, find_run
 from rlhf.errors import ConfigError
-from rlhf.metrics.labels import label
+from rlhf.metrics import label
 from rlhf.runs import headlines
-from rlhf.runs.records import CHAMPION, find_run
-from rlhf.store.locations import home_directory
-from rlhf.store.opening import open_store
+from rlhf.store import home_directory, open_store
 
 ABOUT = (
     "Write a sheet on which people judge pairs of responses without knowing whose they are, or read one back. A "

@@ -11,12 +11,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from flows.commands import report as reports
-from rlhf.cache.plan import StagePlan
-from rlhf.config.load import Preset
-from rlhf.config.pipeline import PipelineConfig
-from rlhf.runs import headlines
-from rlhf.store.artifacts import Store
+from rlhf.cache import StagePlan
+from rlhf.config import PipelineConfig, Preset
+from rlhf.runs import headlines, report_of
+from rlhf.store import Store
 from tasks.mlflow.server import tracking_uri
 
 REASONS_SHOWN = 4
@@ -75,7 +73,7 @@ def print_result(
     for line in headlines.sentences(metrics):
         console.print(line, highlight=False)
     console.print()
-    if report := reports.of_plans(plans, store.home):
+    if report := report_of({plan.stage: plan.key for plan in plans}, store.home):
         console.print(f"Report:  {report}", highlight=False, markup=False, soft_wrap=True)
     uri = tracking_uri(config.tracking.uri, store.home)
     if uri.startswith("http"):

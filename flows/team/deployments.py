@@ -12,11 +12,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from flows.team.heartbeats import ENVIRONMENT, TAG, look_after_runs
-from rlhf.config.data import KINDS
-from rlhf.config.load import load, presets
-from rlhf.config.pipeline import PipelineConfig
+from rlhf.config import KINDS, PipelineConfig, load, presets
 from rlhf.errors import ConfigError
-from rlhf.store.locations import DEMO_PREFIX, HUB_PREFIX
+from rlhf.store import DEMO_PREFIX, HUB_PREFIX
 from tasks.prefect.server import make_pool
 
 POOL = "rlhf"

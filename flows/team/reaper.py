@@ -17,7 +17,7 @@ from uuid import UUID
 import psutil
 
 from flows.team.deployments import POOL
-from rlhf.store.locations import home_directory
+from rlhf.store import home_directory
 from tasks.prefect.flow_runs import dead_flow_runs, flow_run_lives, flow_run_was_here, forget_flow_run
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from flows.team.heartbeats import ENVIRONMENT
-from rlhf.store.locks import lock, unlock
+from rlhf.store import lock, unlock
 from tasks.prefect.server import PRIVATE
 from tasks.processes.lifetime import end_with
 

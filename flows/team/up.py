@@ -28,9 +28,7 @@ from flows.team.children import Child
 from flows.team.heartbeats import SERVER_ENVIRONMENT
 from flows.team.server import configure
 from rlhf.errors import ConfigError
-from rlhf.store.locations import home_directory
-from rlhf.store.locks import try_lock, unlock
-from rlhf.store.opening import open_store
+from rlhf.store import home_directory, open_store, try_lock, unlock
 from tasks.mlflow.server import UI_URL, default_uri, for_browsers, without_password
 from tasks.prefect.project import PROJECT
 

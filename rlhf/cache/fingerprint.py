@@ -18,8 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from rlhf.config.explain import did_you_mean
-from rlhf.errors import ConfigError
+from rlhf import handed_out
+from rlhf.errors import ConfigError, did_you_mean
 from rlhf.store.artifacts import write_json
 from rlhf.store.locations import expanded
 
@@ -28,20 +28,9 @@ PACKAGE = "rlhf"
 PARSES = 20  # most attempts at one file
 BY_NAME = ("globals", "vars", "locals", "setattr", "exec", "modules")  # with these a file can make names as it runs
 
-# These move, lock, log, check and name; no number of a result comes from them. A test holds this list against what the
-# stages really import, so that a module is either fingerprinted or named here.
-WITHOUT_NUMBERS = frozenset(
-    f"rlhf.{name}" if name else "rlhf"
-    for name in (
-        "", "cache", "cache.fingerprint", "cache.plan", "config", "config.data", "config.explain", "config.fields",
-        "config.load", "config.pipeline", "config.ppo_options", "config.promotion", "config.resources",
-        "config.training", "context", "errors", "evaluate", "judge", "metrics.labels", "models", "ppo", "prepare",
-        "prepare.problems", "reward", "runs", "runs.headlines", "runs.records", "sft", "stages", "statistics",
-        "store", "store.artifacts", "store.checkpoints", "store.disk", "store.hashing", "store.hub",
-        "store.locations", "store.locks", "store.opening", "store.retry", "store.shared", "tracking",
-        "tracking.stopping", "tracking.tracker", "training",
-    )
-)  # fmt: skip
+# What lies in these folders moves, locks, logs, checks and names; no number of a result comes from it, and no library
+# that computes is imported there (contracts in pyproject.toml see to that). "." is the top: context, stages, errors.
+WITHOUT_NUMBERS = (".", "config", "store", "tracking")
 
 
 def module_file(module: str) -> Path | None:
@@ -53,18 +42,27 @@ def module_file(module: str) -> Path | None:
     return None
 
 
+def shapes_numbers(path: Path) -> bool:
+    """Whether the code of a module is in the cache keys of what imports it: that follows from its folder alone."""
+    return path.parent.relative_to(ROOT / PACKAGE).as_posix() not in WITHOUT_NUMBERS
+
+
 def import_closure(module: str) -> dict[str, Path]:
-    """Every ``rlhf`` module that importing and running ``module`` can load, by name, those without numbers left out."""
+    """This module and every ``rlhf`` module that running it can load, by name, those without numbers left out."""
     found: dict[str, Path] = {}
-    waiting = [module]
+    seen: set[Named] = set()
+    waiting = list(_with_parents(module))
     while waiting:
-        name = waiting.pop()
-        if name in found or name in WITHOUT_NUMBERS or (path := module_file(name)) is None:
+        named = waiting.pop()
+        if named in seen or (path := module_file(named.module)) is None:
             continue
-        found[name] = path
-        package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-        waiting.extend(_modules(package, _parsed(path.read_bytes())))
-    return dict(sorted(found.items()))
+        seen.add(named)
+        found[named.module] = path
+        parsed, package = _parsed(path.read_bytes()), path.name == "__init__.py"
+        waiting.extend(_named(named.module if package else named.module.rpartition(".")[0], parsed))
+        if package and named.whole:
+            waiting.extend(Named(home) for _, home in parsed.offers)
+    return {name: path for name, path in sorted(found.items()) if name == module or shapes_numbers(path)}
 
 
 def code_fingerprint(path: Path) -> str:
@@ -87,10 +85,21 @@ def _valid(path: Path) -> Iterator[None]:
 
 
 class Parsed(NamedTuple):
-    """What a Python file says: its fingerprint, and what it imports as level, module and names."""
+    """What a Python file says: its fingerprint, what it imports as level, module and names, and what it hands out.
+
+    ``offers`` are names with their modules, if it is the ``__init__`` of a package (see ``rlhf.lazily``).
+    """
 
     fingerprint: str
     imports: tuple[tuple[int, str, tuple[str, ...]], ...]
+    offers: tuple[tuple[str, str], ...] = ()
+
+
+class Named(NamedTuple):
+    """A module that another one names; of a package, whether all that it hands out may be used."""
+
+    module: str
+    whole: bool = False
 
 
 _used: dict[str, Parsed] = {}  # by this process; the keys are digests of source, Python's version and this module
@@ -101,9 +110,9 @@ _PARSER = f"{sys.version}\0{Path(__file__).read_text(encoding='utf-8')}".encode(
 def recall(path: Path) -> None:
     """Take what earlier processes have remembered there: parsing all code anew takes half a second."""
     try:
-        for name, (fingerprint, imports) in dict(json.loads(path.read_text(encoding="utf-8"))).items():
+        for name, (fingerprint, imports, offers) in dict(json.loads(path.read_text(encoding="utf-8"))).items():
             known = tuple((int(level), str(module), tuple(map(str, names))) for level, module, names in imports)
-            _recalled[str(name)] = Parsed(str(fingerprint), known)
+            _recalled[str(name)] = Parsed(str(fingerprint), known, tuple((str(a), str(b)) for a, b in offers))
     except (OSError, ValueError, TypeError):
         return
 
@@ -126,13 +135,13 @@ def _parsed(source: bytes) -> Parsed:
 
 def _parse(source: bytes) -> Parsed:
     tree = _tree(source)
-    imports = tuple(_imports([tree]))
+    imports, offers = tuple(_imports([tree])), tuple(handed_out(tree).items())
     for node in _statements([tree]):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
             ast.get_docstring(node, clean=False) is not None
         ):
             node.body = node.body[1:]
-    return Parsed(hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports)
+    return Parsed(hashlib.sha256(ast.dump(tree).encode()).hexdigest(), imports, offers)
 
 
 def function_file(reference: str) -> Path:
@@ -207,15 +216,23 @@ def _bound(tree: ast.AST) -> Iterator[str]:
             yield from _bound(node)
 
 
-def _modules(package: str, parsed: Parsed) -> Iterator[str]:
-    """Names of our modules that a module in ``package`` may import, parents included (their ``__init__`` runs too)."""
+def _named(package: str, parsed: Parsed) -> Iterator[Named]:
+    """Our modules that a module in ``package`` may import, parents included (their ``__init__`` runs too)."""
     above = package.split(".")
     for level, module, names in parsed.imports:
         base = ".".join([*above[: len(above) - level + 1], *filter(None, [module])]) if level else module
-        for name in (base, *(f"{base}.{name}" for name in names)):
-            parts = name.split(".")
-            if parts[0] == PACKAGE:
-                yield from (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+        if base.partition(".")[0] != PACKAGE:
+            continue
+        yield from _with_parents(base, whole=not names)
+        face = module_file(base)
+        offers = dict(_parsed(face.read_bytes()).offers) if face is not None and face.name == "__init__.py" else {}
+        yield from (Named(offers[name]) if name in offers else Named(f"{base}.{name}", whole=True) for name in names)
+
+
+def _with_parents(module: str, whole: bool = False) -> Iterator[Named]:
+    parts = module.split(".")
+    yield from (Named(".".join(parts[:length])) for length in range(1, len(parts)))
+    yield Named(module, whole)
 
 
 def _tree(source: bytes) -> ast.Module:

@@ -19,9 +19,9 @@ import torch
 
 from rlhf import metrics, rewards
 from rlhf.champions.gate import Figures, Pair
-from rlhf.champions.history import Contender
+from rlhf.champions.record import Contender
 from rlhf.config.pipeline import PipelineConfig
-from rlhf.config.promotion import conflict, trained_on
+from rlhf.config.promotion import trained_on
 from rlhf.errors import ConfigError, DataError, RlhfError
 from rlhf.models import loading
 from rlhf.reward.held_out_model import HELD_OUT
@@ -82,10 +82,13 @@ def _judge_column(config: PipelineConfig, samples: pa.Table, policy: str) -> str
         ConfigError: there is no such judge, or PPO was trained on it.
     """
     judge = config.promotion.judge
-    if problem := conflict(config):
+    if problem := config.promotion.conflict(config.evaluate, config.reward, config.ppo):
         raise ConfigError(problem)
     if f"{policy}_{judge}" not in samples.column_names:
-        names = [HELD_OUT, *(name for name in config.evaluate.scorers if name not in trained_on(config))]
+        names = [
+            HELD_OUT,
+            *(name for name in config.evaluate.scorers if name not in trained_on(config.evaluate, config.ppo)),
+        ]
         known = [name for name in names if f"{policy}_{name}" in samples.column_names]
         raise ConfigError(
             f"promotion.judge is {judge!r}, of which the evaluation has no scores; of what PPO is not trained on it "

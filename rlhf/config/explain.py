@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping
 from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from rlhf.config.fields import FunctionSpec, Section
 from rlhf.config.pipeline import PipelineConfig
-
-Marks = dict[tuple[str, ...], str]
-"""The place ("file:line" or "--set key") of each key of a configuration, by its path."""
+from rlhf.config.yaml12 import Marks
+from rlhf.errors import did_you_mean, show
 
 _ALLOWED = {
     "missing": "is missing",
@@ -32,19 +30,6 @@ _ALLOWED = {
     "literal_error": "must be one of {expected}",
 }
 """What is allowed, by pydantic's error type or the word it begins with (``int_parsing``)."""
-
-
-def show(value: Any, length: int = 60) -> str:
-    """A value for a message, on one line and shortened."""
-    text = "nothing (null)" if value is None else repr(value)
-    return text if len(text) <= length else f"{text[: length - 4]}...{text[-1]}"
-
-
-def did_you_mean(word: str, words: Iterable[str], what: str = "") -> str:
-    """``"; did you mean 'x'?"``, or nothing where no word is close."""
-    by_lower = {other.lower(): other for other in words}
-    close = get_close_matches(word.lower(), by_lower, n=1)
-    return f"; did you mean {what}{by_lower[close[0]]!r}?" if close else ""
 
 
 def explain(error: ValidationError, marks: Marks, name: str) -> list[str]:

@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from rlhf.rewards import registry
+
 NUMBERS_SAME: dict[str, JsonValue] = {"in_cache_key": False}
 BY_CONTENT: dict[str, JsonValue] = {"in_cache_key": False}  # a path: what lies there is hashed into the key instead
 
@@ -118,8 +120,6 @@ def _written(name: str, item: Any) -> Any:
 
 
 def _check_builtin(name: str, arguments: Mapping[str, JsonValue]) -> None:
-    from rlhf.rewards import registry  # not at the top: most stages have no rewards among their code
-
     builtin = registry.find(name)
     builtin.check_names(arguments)
     for argument, kind in builtin.types.items():

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import Field
 
+from rlhf.config.evaluate import Evaluate
 from rlhf.config.fields import Fraction, FunctionSpec, NotNegative, Positive, Section
-
-if TYPE_CHECKING:
-    from rlhf.config.pipeline import PipelineConfig
+from rlhf.config.ppo import Ppo
+from rlhf.config.training import Reward
+from rlhf.rewards import registry
 
 
 class Promotion(Section):
@@ -42,30 +43,29 @@ class Promotion(Section):
     approval: bool = Field(False, description="Ask a person in Prefect's UI before the champion changes.")
     approval_hours: Positive = Field(24.0, description="How long to wait for that person; then it is a refusal.")
 
+    def conflict(self, evaluate: Evaluate, reward: Reward, ppo: Ppo) -> str | None:
+        """Why ``judge`` cannot decide about the policies of a configuration; None where it can."""
+        trained = trained_on(evaluate, ppo)
+        allowed = [name for name in evaluate.scorers if name not in trained]
+        if self.judge == "held_out" or self.judge in allowed:
+            return None
+        allowed += ["held_out"] if reward.enabled and reward.held_out else []
+        rule = f"it may be one of: {', '.join(allowed) or 'none yet'}; add others to evaluate.scorers"
+        if self.judge in trained or (ppo.enabled and self.judge in ("reward", *ppo.rewards)):
+            return (
+                f"promotion.judge is {self.judge!r}, which PPO is trained on (ppo.rewards), so that it proves nothing; "
+                f"{rule}"
+            )
+        return f"promotion.judge is {self.judge!r}, and there is no such score; {rule}"
 
-def conflict(config: PipelineConfig) -> str | None:
-    """Why ``promotion.judge`` cannot decide about policies of this configuration; None where it can."""
-    judge = config.promotion.judge
-    trained = trained_on(config)
-    allowed = [name for name in config.evaluate.scorers if name not in trained]
-    if judge == "held_out" or judge in allowed:
-        return None
-    allowed += ["held_out"] if config.reward.enabled and config.reward.held_out else []
-    rule = f"it may be one of: {', '.join(allowed) or 'none yet'}; add others to evaluate.scorers"
-    if judge in trained or (config.ppo.enabled and judge in ("reward", *config.ppo.rewards)):
-        return f"promotion.judge is {judge!r}, which PPO is trained on (ppo.rewards), so that it proves nothing; {rule}"
-    return f"promotion.judge is {judge!r}, and there is no such score; {rule}"
 
-
-def trained_on(config: PipelineConfig) -> list[str]:
+def trained_on(evaluate: Evaluate, ppo: Ppo) -> list[str]:
     """The scorers of ``evaluate`` that PPO is trained on: those with the function and arguments of a reward."""
-    rewards = [_whole(spec) for spec in config.ppo.rewards.values()] if config.ppo.enabled else []
-    return [name for name, spec in config.evaluate.scorers.items() if _whole(spec) in rewards]
+    rewards = [_whole(spec) for spec in ppo.rewards.values()] if ppo.enabled else []
+    return [name for name, spec in evaluate.scorers.items() if _whole(spec) in rewards]
 
 
 def _whole(spec: FunctionSpec) -> tuple[str, dict[str, Any]]:
     """A function and all its arguments, those that a built-in has by default included."""
-    from rlhf.rewards import registry  # not at the top: most stages have no rewards among their code
-
     defaults = registry.find(spec.function).defaults if registry.is_builtin(spec.function) else {}
     return spec.function, defaults | spec.arguments

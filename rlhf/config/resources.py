@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from rlhf.config.fields import Count, Section
-
-if TYPE_CHECKING:
-    from rlhf.config.pipeline import PipelineConfig
-
-SHARED_OUT = ("sft", "reward")  # stages whose batch_size is shared out; of ppo, it is the episodes
+from rlhf.config.ppo import Ppo
+from rlhf.config.training import Reward, Sft
 
 
 class Resources(Section):
@@ -41,21 +38,19 @@ class Resources(Section):
     )
     slots: Count = Field(1, description="How many slots of that name there are: GPUs of a machine, say.")
 
-
-def conflict(config: PipelineConfig) -> str | None:
-    """Why the processes cannot share out the batches, in words; None if they can."""
-    processes = config.resources.processes
-    for stage in SHARED_OUT:
-        section = getattr(config, stage)
-        if section.enabled and section.batch_size % processes:
+    def conflict(self, sft: Sft, reward: Reward, ppo: Ppo) -> str | None:
+        """Why the processes cannot share out the batches, in words; None if they can."""
+        processes = self.processes
+        for stage, section in (("sft", sft), ("reward", reward)):  # of ppo, it is the episodes that are shared out
+            if section.enabled and section.batch_size % processes:
+                return (
+                    f"{stage}.batch_size {section.batch_size} must be a multiple of resources.processes {processes}, "
+                    "which share it out"
+                )
+        shares = processes * ppo.minibatches
+        if processes > 1 and ppo.enabled and ppo.episodes % shares:
             return (
-                f"{stage}.batch_size {section.batch_size} must be a multiple of resources.processes {processes}, "
-                "which share it out"
+                f"ppo.episodes {ppo.episodes} must be a multiple of resources.processes * ppo.minibatches = "
+                f"{processes} * {ppo.minibatches}, which share them out"
             )
-    ppo, shares = config.ppo, processes * config.ppo.minibatches
-    if processes > 1 and ppo.enabled and ppo.episodes % shares:
-        return (
-            f"ppo.episodes {ppo.episodes} must be a multiple of resources.processes * ppo.minibatches = "
-            f"{processes} * {ppo.minibatches}, which share them out"
-        )
-    return None
+        return None

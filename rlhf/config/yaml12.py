@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
-from rlhf.config.explain import Marks, show
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, show
+
+Marks = dict[tuple[str, ...], str]
+"""The place ("file:line" or "--set key") of each key of a configuration, by its path."""
 
 DEEPEST = 8  # levels of nesting, of which the schema has five: bounds what aliases of aliases unfold to
 

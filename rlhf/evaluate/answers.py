@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config.explain import did_you_mean
-from rlhf.config.pipeline import Evaluate
+from rlhf.config.evaluate import Evaluate
 from rlhf.context import Context
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import ConfigError, DataError, did_you_mean
 from rlhf.models import loading
 from rlhf.ppo import batching
 from rlhf.ppo.batching import Prompts

@@ -56,7 +56,7 @@ def functions(config: PipelineConfig) -> Functions:
 
 def trained_on(config: PipelineConfig, judged: Sequence[str]) -> list[str]:
     """Those of the scores that PPO was trained on."""
-    same = promotion.trained_on(config)
+    same = promotion.trained_on(config.evaluate, config.ppo)
     if config.ppo.enabled and config.ppo.uses_model:
         same = ["reward", *same]
     return [name for name in judged if name in same]

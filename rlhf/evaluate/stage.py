@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from rlhf.context import Context
-from rlhf.evaluate import answers as answering
-from rlhf.evaluate import earlier, figures, judged, output
+from rlhf.evaluate import answers as answering, earlier, figures, judged, output
 from rlhf.evaluate.answers import Answers, HeldOut
 from rlhf.evaluate.figures import REFERENCE, Sure
 from rlhf.metrics import TextScores

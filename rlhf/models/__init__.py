@@ -1,0 +1,20 @@
+"""Models of torch and transformers: loading and saving them, LoRA, and how a reward model reads a text.
+
+May import metrics, store and what lies below them.
+"""
+
+from typing import TYPE_CHECKING
+
+from rlhf import lazily
+
+if TYPE_CHECKING:
+    from rlhf.models.adapt import add_lora as add_lora
+    from rlhf.models.dtypes import Dtype as Dtype
+    from rlhf.models.loading import (
+        load_policy as load_policy,
+        load_reward_model as load_reward_model,
+        load_tokenizer as load_tokenizer,
+        save as save,
+    )
+else:
+    __getattr__ = lazily(__name__)

@@ -30,7 +30,7 @@ from rlhf.errors import DataError, ModelError
 from rlhf.store import hub
 
 if TYPE_CHECKING:
-    from rlhf.config.pipeline import Dtype
+    from rlhf.models.dtypes import Dtype
 
 T = TypeVar("T")
 

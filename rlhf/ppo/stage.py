@@ -24,7 +24,8 @@ from rlhf.store import disk
 from rlhf.training import computing
 
 if TYPE_CHECKING:
-    from rlhf.config.pipeline import PipelineConfig, Resources
+    from rlhf.config.pipeline import PipelineConfig
+    from rlhf.config.resources import Resources
     from rlhf.context import Context
 
 

@@ -1,4 +1,14 @@
-"""The user's data: read in parts from files, rows of the configuration or the hub, checked, and put in order on disk.
+"""The stage `prepare`: data of any format into checked rows, split by prompt, in Parquet; and a tokenizer and random
+weights.
 
-Whatever the size of the data, memory holds a part of it and a few numbers for each row.
+May import config, models and what lies below them; no other stage.
 """
+
+from typing import TYPE_CHECKING
+
+from rlhf import lazily
+
+if TYPE_CHECKING:
+    from rlhf.prepare.stage import check as check, run as run
+else:
+    __getattr__ = lazily(__name__)

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from rlhf.config.explain import did_you_mean, show
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, did_you_mean, show
 
 Message = dict[str, str]
 Template = Callable[[Sequence[Message]], str]  # messages that wait for an answer -> the text before it

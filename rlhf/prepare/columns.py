@@ -10,8 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 
-from rlhf.config.explain import did_you_mean, show
-from rlhf.errors import DataError
+from rlhf.errors import DataError, did_you_mean, show
 from rlhf.prepare import chat
 from rlhf.prepare.formats import Part
 

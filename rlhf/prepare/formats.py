@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rlhf.config.explain import did_you_mean, show
-from rlhf.errors import DataError
+from rlhf.errors import DataError, did_you_mean, show
 from rlhf.prepare.json_array import array_items
 from rlhf.prepare.problems import BadRows
 from rlhf.prepare.sources import HubDataset

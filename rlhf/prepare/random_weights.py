@@ -19,7 +19,7 @@ from transformers import (
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-    from rlhf.config.pipeline import Model
+    from rlhf.config.model import Model
 
 
 def random_model(model: Model, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

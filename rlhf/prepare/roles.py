@@ -7,9 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from rlhf.config.data import Data
-from rlhf.config.explain import show
 from rlhf.config.pipeline import PipelineConfig
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, show
 from rlhf.prepare import chat
 from rlhf.prepare.columns import Column, Holds
 from rlhf.prepare.formats import Part

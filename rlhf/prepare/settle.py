@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rlhf.config.data import Data
-from rlhf.config.explain import show
+from rlhf.errors import show
 from rlhf.prepare.problems import BadRows
 from rlhf.prepare.reading import Places, Reading
 from rlhf.prepare.sources import SPLITS

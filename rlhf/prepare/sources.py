@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import parse_qs
 
-from rlhf.config.explain import did_you_mean
-from rlhf.errors import ConfigError, DataError
-from rlhf.store.locations import HUB_PREFIX as HUB
-from rlhf.store.locations import matching_files
+from rlhf.errors import ConfigError, DataError, did_you_mean
+from rlhf.store.locations import HUB_PREFIX as HUB, matching_files
 
 SPLITS = ("train", "validation", "test")
 HUB_OPTIONS = ("config", "split", "revision")

@@ -17,8 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rlhf.config.explain import show
-from rlhf.errors import DataError
+from rlhf.errors import DataError, show
 
 KEY, POINT, ROW, SPLIT = "__key", "__point", "__row", "__split"
 """Columns beside the data: sort key, place in [0, 2^64) that decides the split, number in the input, stated split."""

@@ -16,7 +16,7 @@ from rlhf.models.loading import load_config, prompt_token_ids
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rlhf.config.pipeline import Model
+    from rlhf.config.model import Model
 
 END = "<|endoftext|>"  # begins, ends and pads the texts of a tokenizer that is trained here
 BATCH = 4096  # texts tokenized at once

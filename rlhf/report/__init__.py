@@ -1,9 +1,14 @@
-"""The report of a run: one HTML file for people, from what its stages left.
+"""The report of a run: one HTML file for people, which needs no network, no server and no library.
 
-It needs no network, no server and no library; it can be sent by mail, printed, and read on a phone.
+May import runs, cache and what lies below them; neither champions nor feedback.
 """
 
-from rlhf.report.model import Sources, sources_of
-from rlhf.report.page import page
+from typing import TYPE_CHECKING
 
-__all__ = ["Sources", "page", "sources_of"]
+from rlhf import lazily
+
+if TYPE_CHECKING:
+    from rlhf.report.files import write as write
+    from rlhf.report.model import Sources as Sources, sources_of as sources_of
+else:
+    __getattr__ = lazily(__name__)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from rlhf.errors import ConfigError, RewardError
+from rlhf.errors import ConfigError, RewardError, did_you_mean
 from rlhf.rewards import registry
 from rlhf.store.locations import expanded
 
@@ -84,7 +84,7 @@ def _check_arguments(function: RewardFunction, name: str, arguments: Mapping[str
             takes_none = "none beside the texts"
             raise ConfigError(
                 f"{name!r} takes no argument {argument!r}; it takes {', '.join(takes) or takes_none}"
-                f"{registry.did_you_mean(argument, takes)}"
+                f"{did_you_mean(argument, takes)}"
             )
 
 

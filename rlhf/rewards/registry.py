@@ -11,11 +11,10 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from typing import Any, TypeVar, get_type_hints
 
-from rlhf.errors import ConfigError
+from rlhf.errors import ConfigError, did_you_mean
 
 MODEL = "model"  # the name of the trained reward model, which is no function
 _MODULES = ("builtin", "builtin_models")
@@ -111,12 +110,6 @@ def find(name: str) -> Builtin:
 def is_builtin(name: str) -> bool:
     """Whether a configuration means a built-in by this name."""
     return name != MODEL and ":" not in name
-
-
-def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing; without what ``rlhf.config.explain`` imports."""
-    close = get_close_matches(word.lower(), list(words), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def labels(names: Iterable[str]) -> dict[str, str]:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 from rlhf import rewards
-from rlhf.config.pipeline import PipelineConfig, Resources
+from rlhf.config.pipeline import PipelineConfig
+from rlhf.config.resources import Resources
 from rlhf.errors import DataError, RewardError
 from rlhf.models import loading
 from rlhf.ppo import batching

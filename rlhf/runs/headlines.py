@@ -145,16 +145,6 @@ def duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else f"{int(seconds) // 60} m {int(seconds) % 60:02d} s"
 
 
-def size(count: int) -> str:
-    """Bytes as ``1.2 MB``."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
-
-
 def _number(value: float, decimals: int) -> str:
     if abs(value) >= 1e5:
         return f"{value:.1e}"

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 from pydantic import ValidationError
 
 from rlhf.cache.plan import Planner, StagePlan
-from rlhf.config.pipeline import Dtype, PipelineConfig
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import ArtifactError, ConfigError, NotCachedError
+from rlhf.models.dtypes import Dtype
 from rlhf.runs.records import read_runs
 from rlhf.stages import enabled_stages
 from rlhf.store.artifacts import Store

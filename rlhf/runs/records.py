@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf.errors import ConfigError
 from rlhf.store.locks import is_locked
 
-CHAMPION = "champion:"
 RECORD = "run.json"
 REPORT = "report.html"  # beside it; for people
 OWNER = "owner.lock"  # beside it; held as long as the run's process lives
@@ -59,32 +57,10 @@ def read_runs(home: Path) -> list[RunRecord]:
     return records
 
 
-def find_run(home: Path, name: str) -> RunRecord:
-    """The run that a person means: by its id, ``champion:PIPELINE``, or a pipeline's name, its last finished run.
-
-    Raises:
-        ConfigError: there is none.
-        ArtifactError: the pipeline's record of its champion is damaged.
-    """
-    records = read_runs(home)
-    wanted = _champion(home, name.removeprefix(CHAMPION)) if name.startswith(CHAMPION) else name
-    for record in reversed(records):
-        if record.id == wanted or (record.pipeline == wanted and record.status == "done"):
-            return record
-    known = {record.id for record in records} | {record.pipeline for record in records if record.status == "done"}
-    close = get_close_matches(wanted, sorted(known), n=1, cutoff=0.3)
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    raise ConfigError(
-        f"{name!r} is neither a run in {home / 'runs'} nor a pipeline with a finished run; {hint}`rlhf runs` lists them"
-    )
-
-
-def _champion(home: Path, pipeline: str) -> str:
-    from rlhf.champions.history import (
-        champion,  # it looks at stages and their keys, which the record of a run does not need
-    )
-
-    found = champion(home, pipeline)
-    if found is None:
-        raise ConfigError(f"{CHAMPION}{pipeline}: that pipeline has no champion yet")
-    return found.run_id
+def report_of(keys: Mapping[str, str | None], home: Path) -> Path | None:
+    """The report of the last run that had these very artifacts, by their keys; None where there is none."""
+    for record in reversed(read_runs(home)):
+        path = home / "runs" / record.id / REPORT
+        if {stage: row["key"] for stage, row in record.stages.items()} == keys and path.is_file():
+            return path.resolve()
+    return None

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf.errors import StorageError
-from rlhf.runs.headlines import size
+from rlhf.store.sizes import size
 
 CHECKPOINTS = 3  # at once: two that are kept, and the one being written
 MOMENTS_BYTES = 8  # two numbers of AdamW for each one that learns

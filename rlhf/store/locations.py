@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from difflib import get_close_matches
 from pathlib import Path
 
-from rlhf.errors import ConfigError, DataError
+from rlhf.errors import ConfigError, DataError, did_you_mean
 
 DEMO_PREFIX, HUB_PREFIX = "demo:", "hub:"
 STORE_VARIABLE = "RLHF_STORE"
@@ -115,5 +114,4 @@ def named_by_argument(value: str, folder: Path) -> Path | None:
 
 def _hint(path: Path) -> str:
     names = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = get_close_matches(path.name, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return did_you_mean(path.name, names)

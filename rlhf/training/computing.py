@@ -15,7 +15,7 @@ from rlhf.errors import ConfigError
 from rlhf.models import allocator
 
 if TYPE_CHECKING:
-    from rlhf.config.pipeline import Resources
+    from rlhf.config.resources import Resources
 
 
 def seed_everything(seed: int) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rlhf.config.fields import written
-from rlhf.config.pipeline import PipelineConfig
-from rlhf.runs.headlines import sentences, value
+from rlhf.config import PipelineConfig, written
+from rlhf.runs import sentences, value
 
 LAST_FIRST = ("ppo", "sft", "base")
 # Of the last policy, beside win rates and scores; those of the reward model.

@@ -13,8 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tasks.mlflow.server import error_code
-from tasks.mlflow.server import tags as tags_of
+from tasks.mlflow.server import error_code, tags as tags_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -33,9 +33,9 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, Self
 
 from rlhf.errors import ArtifactError
-from rlhf.runs.records import OWNER
-from rlhf.store.locks import is_locked, lock, unlock
-from rlhf.tracking.tracker import Entry, Listener, Progress, read_journal
+from rlhf.runs import OWNER
+from rlhf.store import is_locked, lock, unlock
+from rlhf.tracking import Entry, Listener, Progress, read_journal
 
 PARENT = "pipeline"  # the run of the whole pipeline, as the stages' names are those of their runs
 JOURNAL = "journal.jsonl"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
-from rlhf.store.locks import locked
+from rlhf.store import locked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -18,11 +18,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from rlhf.store.locks import try_lock, unlock
+from rlhf.store import try_lock, unlock
 from tasks.mlflow import files as mlflow_files
 from tasks.mlflow.journal import JOURNAL, PARENT, end_if_abandoned, operations
-from tasks.mlflow.server import brief, connect, error_code, experiment_id, is_permanent, key, ui_url, without_password
-from tasks.mlflow.server import tags as tags_of
+from tasks.mlflow.server import (
+    brief,
+    connect,
+    error_code,
+    experiment_id,
+    is_permanent,
+    key,
+    tags as tags_of,
+    ui_url,
+    without_password,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from rlhf.store.locks import is_locked, lock, unlock
+from rlhf.store import is_locked, lock, unlock
 
 NEW_SECONDS = 5.0  # a lock of this age is held by now, if its process lives
 LIFE = "flow-run-"  # of the names of the locks

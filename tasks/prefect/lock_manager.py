@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prefect.locking.protocol import LockManager
 
-from rlhf.store.locks import is_locked, lock, unlock
+from rlhf.store import is_locked, lock, unlock
 
 
 class FlockLockManager(LockManager):

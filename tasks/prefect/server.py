@@ -9,7 +9,7 @@ from functools import partial
 from typing import TypeVar
 from uuid import UUID
 
-from rlhf.store.retry import retry
+from rlhf.store import retry
 
 PATIENCE_SECONDS = 300.0  # with a server that is away
 FIRST_SECONDS = 0.1  # before it is asked again for the first time

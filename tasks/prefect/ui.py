@@ -18,10 +18,10 @@ from urllib.parse import quote
 from prefect import artifacts, runtime
 from prefect.settings import PREFECT_UI_URL
 
-from rlhf.cache.plan import StagePlan
-from rlhf.runs import headlines
-from rlhf.runs.records import REPORT
+from rlhf.cache import StagePlan
+from rlhf.runs import REPORT, headlines
 from rlhf.stages import enabled_stages
+from rlhf.store import sizes
 from tasks.mlflow.journal import PARENT
 from tasks.mlflow.server import tracking_uri
 from tasks.mlflow.sync import run_urls
@@ -112,7 +112,7 @@ def _stages(run: Run) -> str:
             became,
             "; ".join(plan.reasons),
             _short(plan.key),
-            headlines.size(manifest.size) if manifest else "",
+            sizes.size(manifest.size) if manifest else "",
             headlines.duration(manifest.seconds) if manifest else "",
             f"[run]({links[stage]})" if stage in links else "",
             ", ".join(again),

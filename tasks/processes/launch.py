@@ -28,10 +28,10 @@ from typing import IO, Any, NamedTuple
 import psutil
 
 from rlhf import errors
-from rlhf.config.pipeline import Resources
+from rlhf.config import Resources
 from rlhf.context import Context
 from rlhf.errors import ConfigError, RlhfError
-from rlhf.tracking.tracker import Listener
+from rlhf.tracking import Listener
 from tasks.processes.messages import EVENTS, EXIT_CODES, FAILURE, METRICS, SPEC, Failure, Spec, decode
 
 log = logging.getLogger(__name__)

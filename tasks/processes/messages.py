@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import NamedTuple
 
-from rlhf.tracking.tracker import Entry, Progress
+from rlhf.tracking import Entry, Progress
 
 LAUNCHER = "RLHF_LAUNCHER"  # environment variable of the ranks: the launcher's process id
 

@@ -21,11 +21,11 @@ import time
 import traceback
 from pathlib import Path
 
-from rlhf.config.pipeline import PipelineConfig
+from rlhf.config import PipelineConfig
 from rlhf.context import Context
 from rlhf.errors import ConfigError
 from rlhf.stages import STAGES
-from rlhf.tracking.tracker import Entry, JournalTracker, Listener, NullTracker, Progress
+from rlhf.tracking import Entry, JournalTracker, Listener, NullTracker, Progress
 from rlhf.training import computing, processes
 from tasks.processes.lifetime import end_with
 from tasks.processes.messages import EVENTS, FAILURE, LAUNCHER, METRICS, SPEC, Failure, Spec, encode

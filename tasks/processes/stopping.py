@@ -15,7 +15,7 @@ from types import FrameType
 from typing import Any
 
 from rlhf.errors import StoppedError
-from rlhf.tracking.stopping import Stop
+from rlhf.tracking import Stop
 
 STOP_SECONDS = 10.0  # for the step that is under way; a cancelled run is to be gone within 15
 

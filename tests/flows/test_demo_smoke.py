@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.load import load
+from rlhf.config.files import load
 from rlhf.stages import STAGES
 from rlhf.tracking.tracker import read_journal
 

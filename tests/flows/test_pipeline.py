@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from rlhf.champions import history as champion
-from rlhf.champions.history import Contender
-from rlhf.config.load import load
+from rlhf.champions import record as champion
+from rlhf.champions.record import Contender
+from rlhf.config.files import load
 from rlhf.stages import STAGES
 
 Rlhf = Callable[..., tuple[int, str, str]]

@@ -17,10 +17,10 @@ from prefect.states import Completed
 
 from flows import retrain
 from flows.retrain import Approval
-from rlhf.champions import history as champion
+from rlhf.champions import record as champion
 from rlhf.champions.gate import Condition, Figures, Verdict
-from rlhf.champions.history import Contender
-from rlhf.config.load import load
+from rlhf.champions.record import Contender
+from rlhf.config.files import load
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import DataError
 from tasks.mlflow import registry

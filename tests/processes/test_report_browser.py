@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from rlhf.report import page as write_page
+from rlhf.report.page import page as write_page
 from tests.rlhf import report_sources as made
 
 CHROMIUM = shutil.which("chromium")

@@ -18,8 +18,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, GPT2LMHeadMo
 
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.context import Context
-from rlhf.evaluate import output
-from rlhf.evaluate import stage as evaluate
+from rlhf.evaluate import output, stage as evaluate
 from rlhf.tracking.tracker import NullTracker
 
 PROMPTS = 24

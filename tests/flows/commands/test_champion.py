@@ -12,10 +12,9 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.commands.cli import main
-from rlhf.champions import contest
-from rlhf.champions import history as champion
+from rlhf.champions import contest, record as champion
 from rlhf.champions.gate import Figures, Pair
-from rlhf.champions.history import Considered, Contender
+from rlhf.champions.record import Considered, Contender
 from rlhf.runs.records import RunRecord, read_runs
 from rlhf.store.artifacts import Store
 from tasks.mlflow.server import default_uri

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rlhf.cache.plan import Planner
-from rlhf.config.load import load
+from rlhf.config.files import load
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.models import loading
 from rlhf.prepare.random_weights import random_model

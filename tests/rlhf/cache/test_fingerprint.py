@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rlhf.cache import fingerprint
-from rlhf.cache.fingerprint import WITHOUT_NUMBERS, code_fingerprint, function_file, import_closure
+from rlhf.cache.fingerprint import WITHOUT_NUMBERS, code_fingerprint, function_file, import_closure, shapes_numbers
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import ConfigError
 from rlhf.stages import STAGES, stage_modules
@@ -87,14 +87,15 @@ def test_what_was_parsed_is_remembered_by_its_content(tmp_path: Path, monkeypatc
 
 
 def test_imports_in_functions_count_and_those_for_types_do_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "rlhf"
-    package.mkdir()
+    package = tmp_path / "rlhf" / "room"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
     (package / "__init__.py").touch()
     (package / "a.py").write_text(
         "from typing import TYPE_CHECKING\n"
-        "if TYPE_CHECKING:\n    from rlhf import typed\nelse:\n    import rlhf.untyped\n"
-        "def f():\n    from . import late\n    import rlhf.sub.deep\n"
-        "try:\n    pass\nexcept ValueError:\n    match f:\n        case 1:\n            from rlhf import matched\n"
+        "if TYPE_CHECKING:\n    from rlhf.room import typed\nelse:\n    import rlhf.room.untyped\n"
+        "def f():\n    from . import late\n    import rlhf.room.sub.deep\n"
+        "try:\n    pass\nexcept ValueError:\n    match f:\n        case 1:\n            from rlhf.room import matched\n"
     )
     for name in ("typed", "untyped", "late", "matched"):
         (package / f"{name}.py").touch()
@@ -102,19 +103,63 @@ def test_imports_in_functions_count_and_those_for_types_do_not(tmp_path: Path, m
     (package / "sub" / "__init__.py").touch()
     (package / "sub" / "deep.py").touch()
     monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
-    assert list(import_closure("rlhf.a")) == [
-        *("rlhf.a", "rlhf.late", "rlhf.matched", "rlhf.sub", "rlhf.sub.deep", "rlhf.untyped")
-    ]
+    names = ("a", "late", "matched", "sub", "sub.deep", "untyped")
+    assert list(import_closure("rlhf.room.a")) == ["rlhf.room", *(f"rlhf.room.{name}" for name in names)]
+
+
+FACE = """
+from typing import TYPE_CHECKING
+from rlhf import lazily
+if TYPE_CHECKING:
+    from rlhf.metrics.one import first as first
+    from rlhf.metrics.two import (
+        second as second, third as third
+    )
+else:
+    __getattr__ = lazily(__name__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "found"),
+    [
+        ("from rlhf.metrics import third", {"two"}),
+        ("from rlhf.metrics import one", {"one"}),
+        ("from rlhf import metrics", {"one", "two"}),
+        ("import rlhf.metrics", {"one", "two"}),
+        ("import rlhf.metrics.other", {"other"}),
+        ("from rlhf.config import checks", {"one"}),  # which is left out itself, not what it imports
+    ],
+)
+def test_names_that_a_package_hands_out_stand_for_their_modules(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, found: set[str]
+) -> None:
+    for name, text in {
+        "__init__": "",
+        "metrics/__init__": FACE,
+        "metrics/one": "",
+        "metrics/two": "",
+        "metrics/other": "",
+        "config/__init__": "",
+        "config/checks": "import rlhf.metrics.one",
+        "sft/__init__": "",
+        "sft/stage": line,
+    }.items():
+        (tmp_path / "rlhf" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "rlhf" / f"{name}.py").write_text(text)
+    monkeypatch.setattr(fingerprint, "ROOT", tmp_path)
+    code = set(import_closure("rlhf.sft.stage")) - {"rlhf.sft", "rlhf.sft.stage", "rlhf.metrics"}
+    assert code == {f"rlhf.metrics.{name}" for name in found}
 
 
 @pytest.mark.parametrize("stage", list(STAGES))
 def test_the_closure_is_what_a_stage_really_imports(stage: str) -> None:
-    """Every rlhf module that is loaded is fingerprinted or named as one without numbers; none is named in vain."""
+    """Every rlhf module that is loaded is fingerprinted, or lies in a folder that is left out."""
     module = STAGES[stage].module
     code = f"import sys, {module}; print(*sorted(m for m in sys.modules if m.split('.')[0] == 'rlhf'))"
     loaded = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    really = set(loaded.stdout.split()) - WITHOUT_NUMBERS
-    assert really <= set(import_closure(module))
+    files = {name: fingerprint.module_file(name) for name in loaded.stdout.split()}
+    assert {name for name, path in files.items() if path and shapes_numbers(path)} <= set(import_closure(module))
 
 
 def test_ppo_code_concerns_ppo_and_what_comes_after() -> None:
@@ -131,14 +176,14 @@ def test_the_judge_has_the_code_of_what_it_does() -> None:
         return {name for module in stage_modules("judge", config) for name in import_closure(module)}
 
     plain, rules = code(), {"by": "rewards", "rewards": {"brevity": 1.0}}
-    assert not plain & {"rlhf.ppo.core", "rlhf.reward"}
+    assert not plain & {"rlhf.ppo.core", "rlhf.reward.stage"}
     assert "rlhf.ppo.core" in code(**rules, samples=2)
-    assert "rlhf.reward" not in code(**rules, samples=2)
-    assert "rlhf.reward" in code(by="model")
+    assert "rlhf.reward.stage" not in code(**rules, samples=2)
+    assert "rlhf.reward.stage" in code(by="model")
 
 
-def test_every_module_without_numbers_exists() -> None:
-    assert [name for name in WITHOUT_NUMBERS if fingerprint.module_file(name) is None] == []
+def test_every_folder_without_numbers_exists() -> None:
+    assert [name for name in WITHOUT_NUMBERS if not (fingerprint.ROOT / "rlhf" / name / "__init__.py").is_file()] == []
 
 
 def test_function_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,11 +14,10 @@ import torch
 
 from rlhf.champions import contest, gate
 from rlhf.champions.gate import Figures, Pair
-from rlhf.champions.history import Contender
+from rlhf.champions.record import Contender
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.context import Context
-from rlhf.evaluate import output
-from rlhf.evaluate import stage as evaluate
+from rlhf.evaluate import output, stage as evaluate
 from rlhf.models import loading
 from rlhf.store.artifacts import Store, make_manifest
 from rlhf.tracking.tracker import NullTracker

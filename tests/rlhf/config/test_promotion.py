@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.load import load, presets
+from rlhf.config.files import load, presets
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.promotion import trained_on
 from rlhf.errors import ConfigError
@@ -30,14 +30,18 @@ def made(judge: str = "held_out", **sections: Any) -> PipelineConfig:
     return PipelineConfig.model_validate({**base, **sections})
 
 
+def trained(config: PipelineConfig) -> list[str]:
+    return trained_on(config.evaluate, config.ppo)
+
+
 def test_a_scorer_is_a_reward_if_function_and_arguments_are_the_same() -> None:
-    assert trained_on(made()) == ["brief", "ants"]
-    assert trained_on(made(ppo={"rewards": {"rewards.py:mine": 1.0}})) == ["mine"]
+    assert trained(made()) == ["brief", "ants"]
+    assert trained(made(ppo={"rewards": {"rewards.py:mine": 1.0}})) == ["mine"]
     # By name or not, and with an argument that is the default anyway: it is the same reward.
     similar = {"function": "similarity", "arguments": {"column": "reference"}}
     rewards = {"near": {"weight": 1.0, "function": "similarity"}}
-    assert trained_on(made(ppo={"rewards": rewards}, evaluate={"scorers": {"s": similar}})) == ["s"]
-    assert trained_on(made(ppo="off")) == []
+    assert trained(made(ppo={"rewards": rewards}, evaluate={"scorers": {"s": similar}})) == ["s"]
+    assert trained(made(ppo="off")) == []
 
 
 @pytest.mark.parametrize("judge", ["held_out", "bees", "mine"])
@@ -77,4 +81,4 @@ def test_held_out_is_offered_only_where_it_is_trained() -> None:
 @pytest.mark.parametrize("name", presets())
 def test_no_preset_is_judged_by_what_it_trains_on(name: str) -> None:
     config = load(name)
-    assert config.promotion.judge not in trained_on(config)
+    assert config.promotion.judge not in trained(config)

@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 from typing import Any, get_args
 
-from rlhf.config import load as settings
-from rlhf.config.pipeline import Judge
+from rlhf.config import files as settings
+from rlhf.config.judge import Judge
 from rlhf.judge.judges import ByComparison
 
 DOCS = Path(__file__).parents[3] / "docs" / "judge.md"

@@ -9,8 +9,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from rlhf.config.pipeline import Dtype, PipelineConfig
+from rlhf.config.pipeline import PipelineConfig
 from rlhf.models import adapt, loading
+from rlhf.models.dtypes import Dtype
 from rlhf.sft import stage as sft
 from rlhf.stages import STAGES
 

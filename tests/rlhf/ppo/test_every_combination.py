@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from rlhf.config.pipeline import Ppo
+from rlhf.config.ppo import Ppo
 from rlhf.config.ppo_options import Settings
 from rlhf.errors import ConfigError
 from rlhf.ppo.policy import zero_head

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.report import Sources, page, sources_of
+from rlhf.report import Sources, sources_of
+from rlhf.report.page import page
 from rlhf.report.verdict import verdict
 from rlhf.store.artifacts import Store
 from tests.rlhf import report_sources as made

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from rlhf.report import Sources, page, words
+from rlhf.report import Sources, words
+from rlhf.report.page import page
 from rlhf.report.samples import BYTES, CHARACTERS, samples
 from rlhf.report.verdict import judgement, verdict
 from tests.rlhf import report_sources as made

@@ -13,8 +13,7 @@ import pytest
 
 from rlhf.errors import StoppedError
 from rlhf.models import loading
-from rlhf.reward import held_out_model
-from rlhf.reward import stage as reward
+from rlhf.reward import held_out_model, stage as reward
 from rlhf.reward.accuracy import Scores
 from rlhf.rewards import RewardModel
 from rlhf.store import checkpoints, disk

@@ -8,8 +8,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tokenizers import Tokenizer, pre_tokenizers, processors
-from tokenizers import models as tokenizer_models
+from tokenizers import Tokenizer, models as tokenizer_models, pre_tokenizers, processors
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,

@@ -16,11 +16,10 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional as F
 
-from rlhf.config.pipeline import Reward
+from rlhf.config.training import Reward
 from rlhf.errors import DataError, TrainingError
 from rlhf.models import loading
-from rlhf.reward import rows, trainer
-from rlhf.reward import stage as reward
+from rlhf.reward import rows, stage as reward, trainer
 from rlhf.reward.rows import Pairs, Ratings
 from rlhf.rewards import RewardModel
 from rlhf.stages import STAGES, stage_inputs

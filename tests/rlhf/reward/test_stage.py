@@ -17,8 +17,7 @@ from torch.nn import functional as F
 
 from rlhf.errors import DataError, StoppedError, TrainingError
 from rlhf.models import adapt, loading
-from rlhf.reward import accuracy, trainer
-from rlhf.reward import stage as reward
+from rlhf.reward import accuracy, stage as reward, trainer
 from rlhf.reward.accuracy import Scores
 from rlhf.reward.rows import Pairs, token_rows
 from rlhf.rewards import RewardModel

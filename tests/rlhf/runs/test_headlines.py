@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf.runs import headlines
+from rlhf.store import sizes
 
 METRICS = {
     "evaluate/sft/words": -0.2, "evaluate/sft/words_low": -0.26, "evaluate/sft/words_high": -0.14,
@@ -109,7 +110,7 @@ def test_durations_and_sizes() -> None:
     assert [headlines.duration(seconds) for seconds in (0.04, 59.94, 65, 3725)] == [
         "0.0 s", "59.9 s", "1 m 05 s", "62 m 05 s",
     ]  # fmt: skip
-    assert [headlines.size(count) for count in (999, 1500, 2_000_000, 3 * 10**12)] == [
+    assert [sizes.size(count) for count in (999, 1500, 2_000_000, 3 * 10**12)] == [
         "999 B",
         "1.5 kB",
         "2.0 MB",

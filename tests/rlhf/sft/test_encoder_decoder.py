@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration, modeling_utils
 
-from rlhf.config.pipeline import Model
+from rlhf.config.model import Model
 from rlhf.models import adapt, loading
 from rlhf.ppo.checks import check_policy
 from rlhf.ppo.policy import Policy

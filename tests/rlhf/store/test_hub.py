@@ -49,7 +49,7 @@ def test_the_cache_knows_a_commit_that_the_hub_does_not_give(folder: Path) -> No
 
 
 def test_a_model_of_the_cache_loads_without_the_hub(folder: Path, toy: object, tmp_path: Path) -> None:
-    from rlhf.config.pipeline import Model
+    from rlhf.config.model import Model
 
     tokenizer = loading.load_tokenizer(toy.shared / "prepare/base")  # type: ignore[attr-defined]
     size = {"layers": 1, "width": 16, "heads": 2, "context": 48, "vocab_size": 270}

@@ -75,7 +75,7 @@ def test_the_driver_of_s3_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_imported_before_it_is_used(monkeypatch: pytest.MonkeyPatch, url: str, loaded: set[str]) -> None:
     monkeypatch.setenv("RLHF_STORE", url)
     code = (
-        "import sys; from flows import cli; from rlhf.store.opening import open_store; open_store();"
+        "import sys; from flows.commands import cli; from rlhf.store.opening import open_store; open_store();"
         "print(*sorted({'fsspec', 's3fs', 'botocore', 'aiohttp', 'torch', 'prefect'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import TrainerState
 from trl import RewardConfig
 
-from rlhf.config.pipeline import Model
+from rlhf.config.model import Model
 from rlhf.context import Context
 from rlhf.models import loading
 from rlhf.prepare.random_weights import random_model

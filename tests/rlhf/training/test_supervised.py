@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from rlhf.config.pipeline import Resources
+from rlhf.config.resources import Resources
 from rlhf.errors import ConfigError, TrainingError
 from rlhf.store import checkpoints
 from rlhf.tracking.tracker import JournalTracker

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.config import load as settings
+from rlhf.config import files as settings
 from rlhf.config.fields import written
 from rlhf.errors import ConfigError
 
@@ -345,7 +345,7 @@ def test_dump_reads_back(file: Path, tmp_path: Path) -> None:
 
 def test_it_imports_nothing_heavy() -> None:
     heavy = {"torch", "transformers", "pyarrow", "numpy", "datasets", "prefect", "mlflow"}
-    code = f"import sys; from rlhf import settings; settings.load(); print(sorted({heavy!r} & set(sys.modules)))"
+    code = f"import sys; from rlhf.config import load; load(); print(sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -14,15 +14,18 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from rlhf.cache.plan import StagePlan, differences
 from rlhf.errors import ArtifactError, ConfigError
+from rlhf.runs.records import RunRecord, read_runs
 from rlhf.store.artifacts import Store
 from rlhf.store.locks import locked
 
 Event = Literal["promoted", "forced", "rolled back"]
+CHAMPION = "champion:"  # before the name of a pipeline, where a run is asked for
 USER = "RLHF_USER"  # says who changes a champion, where the user of the system does not, as in a container
 T = TypeVar("T")
 
@@ -282,3 +285,30 @@ def _write(path: Path, content: History | Considered) -> None:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     temporary.write_text(json.dumps(asdict(content), indent=1), "utf-8")
     os.replace(temporary, path)
+
+
+def find_run(home: Path, name: str) -> RunRecord:
+    """The run that a person means: by its id, ``champion:PIPELINE``, or a pipeline's name, its last finished run.
+
+    Raises:
+        ConfigError: there is none.
+        ArtifactError: the pipeline's record of its champion is damaged.
+    """
+    records = read_runs(home)
+    wanted = _run_of(home, name.removeprefix(CHAMPION)) if name.startswith(CHAMPION) else name
+    for record in reversed(records):
+        if record.id == wanted or (record.pipeline == wanted and record.status == "done"):
+            return record
+    known = {record.id for record in records} | {record.pipeline for record in records if record.status == "done"}
+    close = get_close_matches(wanted, sorted(known), n=1, cutoff=0.3)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise ConfigError(
+        f"{name!r} is neither a run in {home / 'runs'} nor a pipeline with a finished run; {hint}`rlhf runs` lists them"
+    )
+
+
+def _run_of(home: Path, pipeline: str) -> str:
+    found = champion(home, pipeline)
+    if found is None:
+        raise ConfigError(f"{CHAMPION}{pipeline}: that pipeline has no champion yet")
+    return found.run_id

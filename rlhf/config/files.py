@@ -18,11 +18,11 @@ from typing import Any, NamedTuple, get_args, get_origin
 from pydantic import ValidationError
 
 from rlhf.config.data import KINDS
-from rlhf.config.explain import Marks, did_you_mean, explain, show
+from rlhf.config.explain import explain
 from rlhf.config.fields import FunctionSpec, OptionalStage, Section, written
 from rlhf.config.pipeline import PipelineConfig
-from rlhf.config.yaml12 import read_mapping, write_value
-from rlhf.errors import ConfigError
+from rlhf.config.yaml12 import Marks, read_mapping, write_value
+from rlhf.errors import ConfigError, did_you_mean, show
 from rlhf.store.locations import DEMO_PREFIX, HUB_PREFIX, expanded, named_by_argument
 
 ABOUT = ("description", "needs", "sizes", "preset")  # keys of a file that are not part of the schema
