@@ -9,11 +9,39 @@ from typing import Any
 
 from rich.console import Console
 
-from flows.commands import summary
+from flows.commands import options as given, summary
 from rlhf import champions
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.runs import read_runs
 from rlhf.store import STORE_VARIABLE, Manifest, SharingStore, Store, artifacts, home_directory, open_store, sizes
+
+ABOUT = "Look at the artifact store, check it, clean it."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The verbs of the command, and the options of each."""
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    for verb, about, options in (
+        (ls, "List the artifacts.", [given.add_json]),
+        (verify, "Hash every file of every artifact.", []),
+        (send, "Send the shared store every artifact that it lacks.", [given.add_store]),
+        (gc, "Delete artifacts that neither the last runs of each pipeline nor its champion used.", [_add_keep]),
+    ):
+        one = verbs.add_parser(verb.__name__, help=about, description=about)
+        one.set_defaults(verb=verb)
+        for add in (*options, given.add_home):
+            add(one)
+
+
+def command(options: argparse.Namespace, console: Console) -> int | None:
+    """Do what the verb says; the exit code."""
+    code: int | None = options.verb(options, console)
+    return code
+
+
+def _add_keep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--keep", type=given.count, default=5, help="runs of each pipeline to keep (default: 5)")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be deleted")
 
 
 def ls(options: argparse.Namespace, console: Console) -> None:

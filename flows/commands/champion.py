@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from flows import promotion
+from flows.commands import options as given
 from flows.commands.summary import print_table
 from rlhf import champions
 from rlhf.champions import Contender
@@ -40,11 +41,14 @@ REFUSED = 1  # exit code
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command, but ``--home``, ``--store`` and ``--json``."""
+    """The options of the command."""
     parser.usage = USAGE
     parser.add_argument("words", nargs="*", metavar="PIPELINE", help="pipelines to show; or promote, or rollback")
     parser.add_argument("--force", action="store_true", help="promote without the gate; needs --why, and is recorded")
     parser.add_argument("--why", metavar="TEXT", help="the reason, which is kept")
+    given.add_store(parser)
+    given.add_json(parser)
+    given.add_home(parser)
 
 
 def command(options: argparse.Namespace, console: Console) -> int:

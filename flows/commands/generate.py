@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from flows.commands import options as given
 from flows.commands.summary import print_table
 from rlhf.config import PipelineConfig, Resources, load
 from rlhf.errors import ConfigError, DataError
@@ -32,7 +33,7 @@ Answers = dict[str, list["Response"]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command, but ``--home`` and ``--json``."""
+    """The options of the command."""
     parser.add_argument(
         "source", nargs="*", metavar="PRESET|FILE|MODEL",
         help="preset or YAML file (default: demo), or models, which are compared with each other: directories, or "
@@ -50,9 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest response (default: evaluate's)")
     parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy (default: evaluate's)")
     parser.add_argument("--seed", type=int, metavar="S", help="of sampling (default: the pipeline's)")
+    given.add_store(parser)
+    given.add_json(parser)
+    given.add_home(parser)
 
 
-def generate(options: argparse.Namespace, console: Console) -> None:
+def command(options: argparse.Namespace, console: Console) -> None:
     """Run the command."""
     config, trained = _sources(options)
     prompts, columns = _prompts(options, config)

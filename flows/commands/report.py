@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from flows.commands import options as given
 from rlhf.champions import find_run
 from rlhf.errors import ConfigError
 from rlhf.runs import RunRecord, read_runs
@@ -17,13 +18,15 @@ ABOUT = "Write the report of a run, one HTML file that needs no network, and pri
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``rlhf report``, but for ``--home`` and ``--json``."""
+    """The options of the command."""
     parser.add_argument(
         "run", nargs="?", metavar="RUN", help="run id, or pipeline (its last finished run); default: the last run"
     )
+    given.add_json(parser)
+    given.add_home(parser)
 
 
-def report(options: argparse.Namespace, console: Console) -> None:
+def command(options: argparse.Namespace, console: Console) -> None:
     """Make the report of a run anew.
 
     Raises:

@@ -12,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from flows.commands import options as given
 from flows.commands.summary import print_table
 from rlhf.champions import CHAMPION, find_run
 from rlhf.errors import ConfigError
@@ -26,7 +27,7 @@ ABOUT = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command, but for ``--home``, ``--store`` and ``--json``."""
+    """The options of the command."""
     parser.add_argument("run", nargs="?", metavar="RUN", help=f"run id, pipeline, or {CHAMPION}PIPELINE")
     parser.add_argument("--out", type=Path, metavar="F", help="the sheet to write: .csv or .parquet")
     parser.add_argument("--policies", metavar="P,Q", help="whose responses (default: the last policy, the one before)")
@@ -34,9 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="S", help="of the draw and of the sides (default: 0)")
     parser.add_argument("--read", type=Path, metavar="F", help="a sheet that came back with verdicts")
     parser.add_argument("--by", metavar="NAME", help="who has judged (default: the name of this machine's user)")
+    given.add_store(parser)
+    given.add_json(parser)
+    given.add_home(parser)
 
 
-def sheet(options: argparse.Namespace, console: Console) -> None:
+def command(options: argparse.Namespace, console: Console) -> None:
     """Run the command.
 
     Raises:

@@ -32,7 +32,6 @@ from rlhf.store import home_directory, open_store, try_lock, unlock
 from tasks.mlflow.server import UI_URL, default_uri, for_browsers, without_password
 from tasks.prefect.project import PROJECT
 
-ABOUT = "Start Prefect, MLflow, the deployments and a worker on this machine; Ctrl-C ends all of it."
 LOCK, STATE = "up.lock", "up.json"
 EVERYWHERE = "0.0.0.0"  # every address of this machine; no browser opens it
 WORKER = f"rlhf-up-{socket.gethostname()}"
@@ -52,23 +51,8 @@ class Addresses:
     home: str
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``rlhf up``."""
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)"
-    )
-    parser.add_argument("--prefect-port", type=int, default=4200, help="port of Prefect (default: 4200)")
-    parser.add_argument("--mlflow-port", type=int, default=5000, help="port of MLflow (default: 5000)")
-    parser.add_argument(
-        "--database-url",
-        help="postgresql://user@host:port/name: Prefect and MLflow keep their state there; the password is better in "
-        "PGPASSWORD. Default: SQLite files in the home folder, which do for one person",
-    )
-    parser.add_argument("--runs", type=int, default=4, help="most runs at once (default: 4)")
-
-
 def up(options: argparse.Namespace, console: Console) -> int:
-    """Run the command; the exit code."""
+    """Start all of it, and stay until it is ended; the exit code."""
     home = home_directory(options.home)
     open_store(options.home)  # a shared store that cannot be used is said now, and not by every run
     home.mkdir(parents=True, exist_ok=True)
