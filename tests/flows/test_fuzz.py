@@ -20,7 +20,11 @@ from rlhf.config.pipeline import PipelineConfig
 
 Rlhf = Callable[..., tuple[int, str, str]]
 # What draws from it is a thread of Prefect's, which a test before this one has started.
-pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")
+# Hypothesis warns of it, and, where it has to print a large strategy for that, of the size, too.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies"),
+    pytest.mark.filterwarnings("ignore:Generating overly large repr"),
+]
 FUZZ = settings(
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlhf import report as report_package
-from rlhf.report import Sources
+from rlhf.report import Sources, files
 
 Rlhf = Callable[..., tuple[int, str, str]]
 OFFLINE = ("--set", "tracking.enabled=false")
@@ -73,7 +72,7 @@ def test_what_fails_in_a_report_fails_no_run(
         raise ValueError("no page today")
 
     with monkeypatch.context() as patch:
-        patch.setattr(report_package, "page", fail)
+        patch.setattr(files, "page", fail)
         code, out, _ = rlhf("run", *OFFLINE)
     assert (code, reports(home)) == (0, [])
     assert "Report:" not in out
