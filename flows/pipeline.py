@@ -23,7 +23,7 @@ from rlhf.config import PipelineConfig, load, presets
 from rlhf.runs import RunRecord
 from rlhf.stages import StageName
 from rlhf.store import Store, named_if_full, open_store
-from tasks import tracking
+from tasks import mlflow_run
 from tasks.mlflow.journal import RunJournal
 from tasks.mlflow.server import tracking_uri
 from tasks.mlflow.shipper import Shipper
@@ -157,11 +157,11 @@ def _run(config: PipelineConfig, store: Store, selection: Selection, shipper: Sh
     try:
         shipping = shipper.follow(journal.directory) if shipper else nullcontext()
         with shipping, journal, _reported(run, record), _recorded(record, store.home):
-            tracking.begin(run, prefect_ui.flow_run_link())
+            mlflow_run.begin(run, prefect_ui.flow_run_link())
             for stage in selection.stages(config):
                 record.stages[stage] = _stage(run, stage)
                 record.write(store.home)
-            tracking.finish(run, prefect_ui.flow_run_link())
+            mlflow_run.finish(run, prefect_ui.flow_run_link())
         promotion.tell(store.home, config)  # what MLflow could not be told before
     finally:
         prefect_ui.show_run(run)
@@ -196,7 +196,7 @@ def _reported(run: Run, record: RunRecord) -> Iterator[None]:
             from rlhf.report import write as write_report  # Jinja and more, which comes when it is needed
 
             try:
-                tracking.report(run, write_report(record, run.store))
+                mlflow_run.report(run, write_report(record, run.store))
             except Exception:
                 log.exception("the report of run %s could not be made; `rlhf report %s` tries again", run.id, run.id)
 
@@ -215,7 +215,7 @@ def _stage(run: Run, stage: str) -> dict[str, Any]:
     manifest = run.store.open(stage, reference.key)
     run.manifests[stage] = manifest
     run.store.touch(stage, manifest.key)
-    tracking.record(run, stage, manifest)
+    mlflow_run.record(run, stage, manifest)
     cached = stage not in run.computed
     if run.watcher is not None:
         run.watcher.end(stage, None if cached else manifest.seconds)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from rlhf.config.fields import NUMBERS_SAME, Count, NotNegative, OptionalStage, Positive, Rewards
-from rlhf.config.training import RewardTraining
+from rlhf.config.supervised import RewardTraining
 
 
 class Judge(OptionalStage):

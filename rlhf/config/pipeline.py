@@ -19,7 +19,7 @@ from rlhf.config.model import Model
 from rlhf.config.ppo import Ppo
 from rlhf.config.promotion import Promotion
 from rlhf.config.resources import Resources
-from rlhf.config.training import Reward, Sft
+from rlhf.config.supervised import Reward, Sft
 
 
 class Tracking(Section):

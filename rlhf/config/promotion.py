@@ -9,7 +9,7 @@ from pydantic import Field
 from rlhf.config.evaluate import Evaluate
 from rlhf.config.fields import Fraction, FunctionSpec, NotNegative, Positive, Section
 from rlhf.config.ppo import Ppo
-from rlhf.config.training import Reward
+from rlhf.config.supervised import Reward
 from rlhf.rewards import registry
 
 

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from rlhf.config.fields import Count, Section
 from rlhf.config.ppo import Ppo
-from rlhf.config.training import Reward, Sft
+from rlhf.config.supervised import Reward, Sft
 
 
 class Resources(Section):

@@ -20,7 +20,7 @@ Function = Callable[..., Sequence[Any]]  # lists of values by name of column -> 
 
 def word_count(texts: Sequence[str]) -> list[int]:
     """Number of words of each text, as the reward ``exact_word_count`` counts them."""
-    from rlhf.metrics.words import word_count as words
+    from rlhf.metrics.word_count import word_count as words
 
     return [words(text) for text in texts]
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rlhf.config.training import Reward
+    from rlhf.config.supervised import Reward
     from rlhf.context import Context
 
 log = logging.getLogger(__name__)

@@ -49,9 +49,9 @@ def exact_word_count(
 ) -> list[float]:
     """exp(-0.7 |target - words| + ln 2) - 1, in (-1, 1]: 1 at the target, -0.007 one word off, towards -1 far from it.
 
-    The target is a number in ``column``; words are counted by ``rlhf.metrics.words.word_count``.
+    The target is a number in ``column``; words are counted by ``rlhf.metrics.word_count.word_count``.
     """
-    from rlhf.metrics.words import word_count
+    from rlhf.metrics.word_count import word_count
 
     targets = [_target(value, column) for value in _column(columns, column)]
     return [

@@ -28,7 +28,7 @@ from rlhf.training.callback import MARK, PipelineCallback, not_finite
 if TYPE_CHECKING:
     from transformers import Trainer
 
-    from rlhf.config.training import Supervised
+    from rlhf.config.supervised import Supervised
     from rlhf.context import Context
 
 log = logging.getLogger(__name__)

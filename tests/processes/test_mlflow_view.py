@@ -21,7 +21,7 @@ from flows.team.server import free_port
 from rlhf.runs.records import read_runs
 from tasks.mlflow.server import VIEW, default_uri
 from tasks.mlflow.sync import Shipped
-from tasks.tracking import COLUMNS
+from tasks.mlflow_run import COLUMNS
 from tests.team.conftest import SECONDS, wait_for
 from tests.team.test_browser import CHROMIUM, FLAGS
 

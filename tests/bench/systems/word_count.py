@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from rlhf.metrics.words import word_count
+from rlhf.metrics.word_count import word_count
 from rlhf.rewards.builtin import exact_word_count
 
 OPENING = 3  # words of a sentence that the prompt gives

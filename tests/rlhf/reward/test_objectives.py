@@ -16,7 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch.nn import functional as F
 
-from rlhf.config.training import Reward
+from rlhf.config.supervised import Reward
 from rlhf.errors import DataError, TrainingError
 from rlhf.models import loading
 from rlhf.reward import rows, stage as reward, trainer

@@ -15,7 +15,7 @@ from transformers import BertForSequenceClassification, BertModel
 
 from rlhf import rewards
 from rlhf.errors import RewardError
-from rlhf.metrics.words import word_count
+from rlhf.metrics.word_count import word_count
 from rlhf.rewards import registry
 
 MakeModel = Callable[..., Path]

@@ -71,7 +71,7 @@ def test_the_order_of_computed_columns_is_in_the_key(tmp_path: Path) -> None:
 def test_a_built_ins_code_and_libraries_are_in_the_key_of_who_uses_it(stage: str, tmp_path: Path) -> None:
     found = ingredients(tmp_path, {"exact_word_count": {}}, stage)
     code = {name for name in found if name.startswith("function exact_word_count: ")}
-    assert {f"function exact_word_count: rlhf/{name}.py" for name in ("rewards/builtin", "metrics/words")} <= code
+    assert {f"function exact_word_count: rlhf/{name}.py" for name in ("rewards/builtin", "metrics/word_count")} <= code
     assert "library spacy" in found
     other = ingredients(tmp_path, {"pep8": {}}, stage)
     assert "library pycodestyle" in other

@@ -27,7 +27,7 @@ from rlhf.models import loading
 from rlhf.prepare.random_weights import random_model
 from rlhf.prepare.tokens import train_tokenizer
 from rlhf.store.artifacts import Store, make_manifest
-from tasks import tracking
+from tasks import mlflow_run
 from tasks.mlflow import registry
 from tasks.mlflow.journal import RunJournal
 from tasks.mlflow.server import connect, default_uri
@@ -74,7 +74,7 @@ def finished(store: Store, tokenizer: PreTrainedTokenizerFast) -> Any:
         config = PipelineConfig.model_validate(CONFIG)
         with RunJournal.open(store.home / "runs" / run_id) as journal:
             run = Run(run_id, config, store, None, journal)  # type: ignore[arg-type]
-            tracking.begin(run, "[link](http://prefect)")
+            mlflow_run.begin(run, "[link](http://prefect)")
             for stage in stages:
                 key = f"{stage}{seed}"
                 if not store.path(stage, key).exists():
@@ -87,8 +87,8 @@ def finished(store: Store, tokenizer: PreTrainedTokenizerFast) -> Any:
                     store.publish(out, make_manifest(out, **about))
                 manifest = store.open(stage, key)
                 run.manifests[stage] = manifest
-                tracking.record(run, stage, manifest)
-            tracking.finish(run, "[link](http://prefect)")
+                mlflow_run.record(run, stage, manifest)
+            mlflow_run.finish(run, "[link](http://prefect)")
         return Contender(run_id, {stage: manifest.key for stage, manifest in run.manifests.items()})
 
     return make
