@@ -1,1 +1,4 @@
-"""One cached Prefect task per stage, and what ships their numbers to MLflow."""
+"""One cached Prefect task per stage, and what connects a run to Prefect, to MLflow and to processes of its own.
+
+May import rlhf.
+"""

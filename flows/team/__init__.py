@@ -1,0 +1,4 @@
+"""What `rlhf up` keeps alive on a machine: servers, a worker, deployments; and runs that died, found and named.
+
+May import the flows and tasks.
+"""
