@@ -8,6 +8,6 @@ from typing import TYPE_CHECKING
 from rlhf import lazily
 
 if TYPE_CHECKING:
-    from rlhf.cache.plan import Planner as Planner, Selection as Selection, StagePlan as StagePlan
+    from rlhf.cache.plan import Planner, Selection, StagePlan
 else:
     __getattr__ = lazily(__name__)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from rlhf import lazily
 
 if TYPE_CHECKING:
-    from rlhf.config.data import KINDS as KINDS
-    from rlhf.config.fields import written as written
-    from rlhf.config.files import Preset as Preset, dump as dump, load as load, presets as presets
-    from rlhf.config.pipeline import PipelineConfig as PipelineConfig
-    from rlhf.config.resources import Resources as Resources
-    from rlhf.config.yaml12 import read_mapping as read_mapping, write_value as write_value
+    from rlhf.config.data import KINDS
+    from rlhf.config.fields import written
+    from rlhf.config.files import Preset, dump, load, presets
+    from rlhf.config.pipeline import PipelineConfig
+    from rlhf.config.resources import Resources
+    from rlhf.config.yaml12 import read_mapping, write_value
 else:
     __getattr__ = lazily(__name__)

@@ -8,6 +8,6 @@ from typing import TYPE_CHECKING
 from rlhf import lazily
 
 if TYPE_CHECKING:
-    from rlhf.judge.stage import run as run
+    from rlhf.judge.stage import run
 else:
     __getattr__ = lazily(__name__)

@@ -8,13 +8,8 @@ from typing import TYPE_CHECKING
 from rlhf import lazily
 
 if TYPE_CHECKING:
-    from rlhf.models.adapt import add_lora as add_lora
-    from rlhf.models.dtypes import Dtype as Dtype
-    from rlhf.models.loading import (
-        load_policy as load_policy,
-        load_reward_model as load_reward_model,
-        load_tokenizer as load_tokenizer,
-        save as save,
-    )
+    from rlhf.models.adapt import add_lora
+    from rlhf.models.dtypes import Dtype
+    from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer, save
 else:
     __getattr__ = lazily(__name__)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from rlhf import lazily
 
 if TYPE_CHECKING:
-    from rlhf.config.ppo_options import Settings as Settings
-    from rlhf.ppo.batching import Prompts as Prompts
-    from rlhf.ppo.policy import Policy as Policy, ValueModel as ValueModel
-    from rlhf.ppo.trainer import Trainer as Trainer
+    from rlhf.config.ppo_options import Settings
+    from rlhf.ppo.batching import Prompts
+    from rlhf.ppo.policy import Policy, ValueModel
+    from rlhf.ppo.trainer import Trainer
 else:
     __getattr__ = lazily(__name__)

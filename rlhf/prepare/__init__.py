@@ -9,6 +9,6 @@ from typing import TYPE_CHECKING
 from rlhf import lazily
 
 if TYPE_CHECKING:
-    from rlhf.prepare.stage import check as check, run as run
+    from rlhf.prepare.stage import check, run
 else:
     __getattr__ = lazily(__name__)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rlhf import lazily
 
 if TYPE_CHECKING:
-    from rlhf.report.files import write as write
-    from rlhf.report.model import Sources as Sources, sources_of as sources_of
+    from rlhf.report.files import write
+    from rlhf.report.model import Sources, sources_of
 else:
     __getattr__ = lazily(__name__)

@@ -9,6 +9,6 @@ from typing import TYPE_CHECKING
 from rlhf import lazily
 
 if TYPE_CHECKING:
-    from rlhf.reward.stage import run as run
+    from rlhf.reward.stage import run
 else:
     __getattr__ = lazily(__name__)

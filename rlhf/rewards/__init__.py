@@ -17,15 +17,8 @@ from typing import TYPE_CHECKING
 from rlhf import lazily
 
 if TYPE_CHECKING:
-    from rlhf.rewards.functions import (
-        FunctionScorer as FunctionScorer,
-        RewardFunction as RewardFunction,
-        Scorer as Scorer,
-        call_reward as call_reward,
-        load_function as load_function,
-        make_scorer as make_scorer,
-    )
-    from rlhf.rewards.model import RewardModel as RewardModel
-    from rlhf.rewards.weighted import Rewards as Rewards, make_rewards as make_rewards
+    from rlhf.rewards.functions import FunctionScorer, RewardFunction, Scorer, call_reward, load_function, make_scorer
+    from rlhf.rewards.model import RewardModel
+    from rlhf.rewards.weighted import Rewards, make_rewards
 else:
     __getattr__ = lazily(__name__)

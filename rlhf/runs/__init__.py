@@ -8,16 +8,10 @@ from typing import TYPE_CHECKING
 from rlhf import lazily
 
 if TYPE_CHECKING:
-    from rlhf.runs.compared import NO_INTERVAL as NO_INTERVAL, Change as Change, Compared as Compared, Row as Row
-    from rlhf.runs.generate import Response as Response, Sampling as Sampling
-    from rlhf.runs.headlines import duration as duration, figures as figures, sentences as sentences, value as value
-    from rlhf.runs.policies import Place as Place, Trained as Trained
-    from rlhf.runs.records import (
-        OWNER as OWNER,
-        REPORT as REPORT,
-        RunRecord as RunRecord,
-        read_runs as read_runs,
-        report_of as report_of,
-    )
+    from rlhf.runs.compared import NO_INTERVAL, Change, Compared, Row
+    from rlhf.runs.generate import Response, Sampling
+    from rlhf.runs.headlines import duration, figures, sentences, value
+    from rlhf.runs.policies import Place, Trained
+    from rlhf.runs.records import OWNER, REPORT, RunRecord, read_runs, report_of
 else:
     __getattr__ = lazily(__name__)

@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING
 from rlhf import lazily
 
 if TYPE_CHECKING:
-    from rlhf.statistics.agreement import agreement as agreement
-    from rlhf.statistics.intervals import (
-        Estimate as Estimate,
-        Floats as Floats,
-        bootstrap_interval as bootstrap_interval,
-        paired_test as paired_test,
-        without_nan as without_nan,
-    )
+    from rlhf.statistics.agreement import agreement
+    from rlhf.statistics.intervals import Estimate, Floats, bootstrap_interval, paired_test, without_nan
 else:
     __getattr__ = lazily(__name__)

@@ -8,15 +8,7 @@ from typing import TYPE_CHECKING
 from rlhf import lazily
 
 if TYPE_CHECKING:
-    from rlhf.tracking.stopping import Stop as Stop
-    from rlhf.tracking.tracker import (
-        Entry as Entry,
-        JournalTracker as JournalTracker,
-        Listener as Listener,
-        NullTracker as NullTracker,
-        Progress as Progress,
-        Tracker as Tracker,
-        read_journal as read_journal,
-    )
+    from rlhf.tracking.stopping import Stop
+    from rlhf.tracking.tracker import Entry, JournalTracker, Listener, NullTracker, Progress, Tracker, read_journal
 else:
     __getattr__ = lazily(__name__)
