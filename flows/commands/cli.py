@@ -1,4 +1,5 @@
-"""The command line ``rlhf``. Exit codes: 0 done, 1 a stage failed, 2 bad input, 130 interrupted.
+"""The command line ``rlhf``: a module of this package a command. Exit codes: 0 done, 1 a stage failed, 2 bad input, 130
+interrupted.
 
 Nothing heavy is imported before it is needed: planning, and a run of which all is up to date, load neither torch nor
 Prefect nor MLflow.
@@ -10,36 +11,19 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from flows.commands import (
-    cache,
-    champion,
-    compare,
-    deploy,
-    diff,
-    generate,
-    plan,
-    presets,
-    report,
-    run,
-    runs,
-    sheet,
-    show,
-    sweep,
-    up,
-    validate,
-)  # fmt: skip
 from rlhf.errors import InputError, RlhfError
 from rlhf.store import STORE_VARIABLE
 
-# Each has ABOUT, add_arguments(parser) and command(options, console), which may return an exit code.
-COMMANDS: tuple[Any, ...] = (
-    run, plan, sweep, presets, show, validate, generate,
-    runs, diff, compare, report, champion, sheet, up, deploy, cache,
+# Each is a module of this package with ABOUT, add_arguments(parser) and command(options, console), which may return an
+# exit code.
+COMMANDS = (
+    "run", "plan", "sweep", "presets", "show", "validate", "generate", "runs", "diff", "compare", "report", "champion",
+    "sheet", "up", "deploy", "cache",
 )  # fmt: skip
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -53,7 +37,8 @@ class _Console(Console):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; the exit code."""
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    options = _parser(arguments[:1]).parse_args(arguments)
     console, errors = _Console(), Console(stderr=True)
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # the user's reward functions live there; last, so that nothing is hidden
@@ -80,13 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(first: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of all commands; where the first argument names one, of that one alone, and no other is imported."""
     parser = argparse.ArgumentParser(
         prog="rlhf", description="RLHF as a cached pipeline: prepare, sft, judge, reward, ppo, evaluate."
     )
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for module in COMMANDS:
-        command = commands.add_parser(module.__name__.rpartition(".")[2], help=module.ABOUT, description=module.ABOUT)
+    for name in [name for name in COMMANDS if name in first] or COMMANDS:
+        module = import_module(f"flows.commands.{name}")
+        command = commands.add_parser(name, help=module.ABOUT, description=module.ABOUT)
         command.set_defaults(command=module.command)
         module.add_arguments(command)
     return parser
