@@ -21,7 +21,6 @@ class Roles(NamedTuple):
 
     of: dict[str, str]
     columns: list[Column]
-    needs_prompt: bool
 
 
 def template_fields(template: str) -> list[str]:
@@ -84,7 +83,7 @@ def roles_of(kind: str, part: Part, computed: Sequence[str], config: PipelineCon
     if kind == "preferences" and config.judge.enabled:
         columns += [Column(name, "judge.annotators", "verdict") for name in config.judge.annotators]
     _check_roles(kind, columns)
-    return Roles({role: getattr(names, role) for role in holds}, columns, not whole)
+    return Roles({role: getattr(names, role) for role in holds}, columns)
 
 
 def _is_conversation(part: Part, name: str) -> bool:

@@ -69,7 +69,7 @@ class Shipper:
         Once it has returned, calling it again does nothing.
 
         Returns:
-            Whether everything is in MLflow now. If not, :func:`tasks.mlflow.sync.ship_pending` can do it later.
+            Whether everything is in MLflow now. If not, the next run does it.
         """
         if self._complete is None:
             self._complete = self._finish(timeout) if self._directory else self._abandon()

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rlhf.store import try_lock, unlock
 from tasks.mlflow import files as mlflow_files
@@ -87,13 +87,6 @@ class Shipped:
         os.replace(temporary, directory / SHIPPED)
 
 
-class Pending(NamedTuple):
-    """What :func:`ship_pending` did: journals that are complete now, and those that are not."""
-
-    shipped: int
-    left: int
-
-
 def ship(directory: Path, tracking_uri: str) -> Shipped:
     """Carry out what a run's journal has and the server has not.
 
@@ -105,18 +98,12 @@ def ship(directory: Path, tracking_uri: str) -> Shipped:
         return replay.run()
 
 
-def ship_pending(runs: Path, tracking_uri: str) -> Pending:
-    """Ship what earlier runs could not, and end those as KILLED whose process has died.
-
-    Runs whose process lives are left to it, and so are those begun with another tracking URI.
-    One that fails is logged and left for the next time.
-    """
-    outcomes = list(pending_one_by_one(runs, tracking_uri))
-    return Pending(shipped=sum(outcomes), left=len(outcomes) - sum(outcomes))
-
-
 def pending_one_by_one(runs: Path, tracking_uri: str) -> Iterator[bool]:
-    """As :func:`ship_pending`; each step ships one run, and says whether it is complete now."""
+    """Ship what earlier runs could not; each step ships one run, and says whether it is complete now.
+
+    Those whose process has died are ended as KILLED. Runs whose process lives are left to it, and so are those begun
+    with another tracking URI. One that fails is logged and left for the next time.
+    """
     for journal in sorted(runs.glob(f"*/{JOURNAL}")):
         directory = journal.parent
         state = Shipped.read(directory)

@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 
 from tasks.mlflow.journal import PARENT, RunJournal
 from tasks.mlflow.server import connect, default_uri
-from tasks.mlflow.sync import BusyError, Replay, Shipped, run_urls, ship, ship_pending
+from tasks.mlflow.sync import BusyError, Replay, Shipped, pending_one_by_one, run_urls, ship
 from tests.tasks.mlflow_reads import history, runs_of
 
 ROOT = Path(__file__).parents[3]
@@ -325,7 +325,7 @@ def test_two_at_once_do_not_ship_the_same_journal(store: str, tmp_path: Path) ->
     with Replay(directory, store) as replay:
         with pytest.raises(BusyError):
             ship(directory, store)
-        assert ship_pending(tmp_path, store) == (0, 0)
+        assert list(pending_one_by_one(tmp_path, store)) == []
         assert replay.run().complete
     errors: list[BaseException] = []
 
@@ -356,8 +356,8 @@ def test_pending_journals_are_shipped_later_and_the_dead_are_ended(store: str, t
     elsewhere = tmp_path / "p5"
     write_run(elsewhere)
     Shipped(uri="http://elsewhere").write(elsewhere)
-    assert ship_pending(tmp_path, store) == (2, 0)
-    assert ship_pending(tmp_path, store) == (0, 0)
+    assert list(pending_one_by_one(tmp_path, store)) == [True, True]
+    assert list(pending_one_by_one(tmp_path, store)) == []
     assert runs_of(store, "p1")["sft"].info.status == "FINISHED"
     assert runs_of(store, "p2")[PARENT].info.status == "KILLED"
     assert runs_of(store, "p4") == {} == runs_of(store, "p5")
