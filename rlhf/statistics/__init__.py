@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from rlhf import lazily
 
 if TYPE_CHECKING:
-    from rlhf.statistics.agreement import agreement as agreement
     from rlhf.statistics.intervals import (
         Estimate as Estimate,
         Floats as Floats,

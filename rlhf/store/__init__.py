@@ -32,6 +32,6 @@ if TYPE_CHECKING:
         unlock as unlock,
     )
     from rlhf.store.opening import SharingStore as SharingStore, open_store as open_store
-    from rlhf.store.retry import retry as retry
+    from rlhf.store.retrying import retry as retry
 else:
     __getattr__ = lazily(__name__)
