@@ -1,5 +1,6 @@
 """The layers of the code: what import-linter holds, and that it would not hold anything else."""
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf import handed_out
 from rlhf.cache.fingerprint import WITHOUT_NUMBERS
 
 ROOT = Path(__file__).parents[1]
@@ -75,3 +77,11 @@ def test_what_is_in_no_cache_key_is_what_computes_nothing() -> None:
     at_the_top = {f"rlhf.{path.stem}" for path in (ROOT / "rlhf").glob("*.py")} - {"rlhf.__init__"}
     called_by_name = {"rlhf.demo", "rlhf.published"}  # their code is in the key of who names them, as any function's
     assert set(contract["source_modules"]) == folders | at_the_top - called_by_name
+
+
+def test_what_a_package_hands_out_has_not_the_name_of_one_of_its_modules() -> None:
+    """Whoever imports such a module first, from anywhere, would make it what the package hands out."""
+    for package in (ROOT / "rlhf").rglob("__init__.py"):
+        files = [*package.parent.glob("*.py"), *package.parent.glob("*/__init__.py")]
+        modules = {path.parent.name if path.stem == "__init__" else path.stem for path in files}
+        assert handed_out(ast.parse(package.read_bytes())).keys() & modules == set(), package

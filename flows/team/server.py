@@ -88,13 +88,15 @@ class Server:
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
         why = ""
         try:
-            while time.monotonic() < deadline and self._process.poll() is None:
-                try:
-                    if httpx.get(f"{self.url}/health", timeout=5).is_success:
-                        return
-                except httpx.HTTPError as error:
-                    why = f"{type(error).__name__}: {error}"
-                time.sleep(0.05)
+            # One client: it reads all certificates first, which would take the server's time again and again.
+            with httpx.Client(timeout=5) as client:
+                while time.monotonic() < deadline and self._process.poll() is None:
+                    try:
+                        if client.get(f"{self.url}/health").is_success:
+                            return
+                    except httpx.HTTPError as error:
+                        why = f"{type(error).__name__}: {error}"
+                    time.sleep(0.05)
             if self._process.poll() is not None:
                 why = f"it ended with exit code {self._process.returncode}"
             raise RuntimeError(f"Prefect's API at {self.url} does not answer ({why}); see {self.log}")

@@ -250,9 +250,10 @@ def _serve(options: argparse.Namespace, addresses: Addresses, console: Console) 
     prefect, mlflow, worker = _programs(options, home)
     stopping = _Stop()
     try:
-        for child, url in ((prefect, "PREFECT_API_URL"), (mlflow, "MLFLOW_TRACKING_URI")):
+        for child in (prefect, mlflow):  # side by side: each takes seconds
             child.start()
             console.print(f"starting {child.name} ...", highlight=False)
+        for child, url in ((prefect, "PREFECT_API_URL"), (mlflow, "MLFLOW_TRACKING_URI")):
             _wait_until_ready(child, f"{os.environ[url]}/health", stopping)
         import httpx
         from prefect.exceptions import PrefectHTTPStatusError
@@ -327,17 +328,16 @@ def _wait_until_ready(child: Child, url: str, stopping: _Stop) -> None:
     import httpx
 
     deadline = time.monotonic() + READY_SECONDS
-    while time.monotonic() < deadline:
-        if stopping.asked:
-            raise _StoppedError
-        if child.exit_code is not None:
-            raise RuntimeError(f"{child.name} ended with exit code {child.exit_code}; see {child.log}")
-        try:
-            if httpx.get(url, timeout=5).is_success:
-                return
-        except httpx.HTTPError:
-            pass
-        time.sleep(0.2)
+    with httpx.Client(timeout=5) as client:  # one: it reads all certificates first, which takes longer than to ask
+        while time.monotonic() < deadline:
+            if stopping.asked:
+                raise _StoppedError
+            if child.exit_code is not None:
+                raise RuntimeError(f"{child.name} ended with exit code {child.exit_code}; see {child.log}")
+            with suppress(httpx.HTTPError):
+                if client.get(url).is_success:
+                    return
+            time.sleep(0.2)
     raise RuntimeError(f"{child.name} does not answer at {url}; see {child.log}")
 
 

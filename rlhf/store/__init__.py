@@ -14,6 +14,6 @@ if TYPE_CHECKING:
     from rlhf.store.locations import DEMO_PREFIX, HUB_PREFIX, STORE_VARIABLE, home_directory
     from rlhf.store.locks import POLL_SECONDS, is_locked, lock, locked, try_lock, unlock
     from rlhf.store.opening import SharingStore, open_store
-    from rlhf.store.retry import retry
+    from rlhf.store.retrying import retry
 else:
     __getattr__ = lazily(__name__)

@@ -24,7 +24,7 @@ from rlhf.store.artifacts import Manifest, digest_of, parse_manifest, parts_of, 
 from rlhf.store.disk import check_room
 from rlhf.store.hashing import MANIFEST
 from rlhf.store.locations import STORE_VARIABLE
-from rlhf.store.retry import error_code, http_status, may_pass, retry
+from rlhf.store.retrying import error_code, http_status, may_pass, retry
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ def check_url(url: str) -> None:
 
 
 class SharedStore:
-    """The artifacts at one URL. What can pass is tried again, see :mod:`rlhf.store.retry`."""
+    """The artifacts at one URL. What can pass is tried again, see :mod:`rlhf.store.retrying`."""
 
     def __init__(self, url: str) -> None:
         self.url = url

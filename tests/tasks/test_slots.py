@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 import httpx
 import pytest
 
-from rlhf.store.retry import LONGEST_SECONDS
+from rlhf.store.retrying import LONGEST_SECONDS
 from tasks import slots
 from tasks.prefect import server as prefect_server
 from tasks.prefect.server import patiently

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.store.retry import may_pass, retry
+from rlhf.store.retrying import may_pass, retry
 
 
 class Clock:
