@@ -374,7 +374,7 @@ MUTATIONS = [
     ),
     Mutation(
         "judges", "a normal quantile in place of Student's", "ppo/overoptimisation.py",
-        "        + (z**3 + z) / (4 * v)\n", "",
+        "stdtrit(prompts - 1, ", "stdtrit(10**9, ",
         "test_overoptimisation.py -k quantile",
     ),
     Mutation(

@@ -19,13 +19,11 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 import re
 import time
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, Literal
 
 import numpy as np
@@ -35,7 +33,7 @@ import pyarrow.parquet as pq
 from rlhf.errors import ArtifactError, ConfigError, DataError
 from rlhf.feedback.sheets import COLUMNS, Key, Row, Side, check_ending, digest_of, plain, unguarded
 from rlhf.statistics.agreement import agreement
-from rlhf.statistics.intervals import Estimate, Floats, win_shares, without_nan
+from rlhf.statistics.intervals import Estimate, Floats, wilson_interval, win_shares, without_nan
 from rlhf.store.artifacts import write_json
 from rlhf.store.locks import locked
 
@@ -223,10 +221,8 @@ def _rate(values: Floats, confidence: float) -> Estimate:
     n = len(values)
     if n == 0:
         return Estimate(np.nan, np.nan, np.nan, 0)
-    mean, z = float(values.mean()), NormalDist().inv_cdf(0.5 + confidence / 2)
-    centre = (mean + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(mean * (1 - mean) / n + z**2 / (4 * n**2))
-    return Estimate(mean, max(0.0, centre - half), min(1.0, centre + half), n)
+    mean = float(values.mean())
+    return Estimate(mean, *wilson_interval(mean, n, confidence), n)
 
 
 def _between(readers: Mapping[str, Any]) -> list[dict[str, Any]]:

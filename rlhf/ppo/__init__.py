@@ -1,7 +1,7 @@
 """Proximal policy optimisation of language models, usable by itself: see docs/ppo.md.
 
-May import torch, transformers, accelerate and, for LoRA, peft; of this project rewards (not their models), models,
-config.ppo_options and what lies below them, and no stage.
+May import torch, transformers, accelerate and, for LoRA, peft (for judges, SciPy); of this project rewards (not their
+models), models, config.ppo_options and what lies below them, and no stage.
 """
 
 from typing import TYPE_CHECKING

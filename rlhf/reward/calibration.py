@@ -8,13 +8,12 @@ The model says that one side of a pair is preferred with probability sigmoid(sco
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rlhf.statistics.intervals import Floats
+from rlhf.statistics.intervals import Floats, wilson_interval
 
 BINS, DRAWS, CONFIDENCE = 10, 200, 0.95
 
@@ -45,7 +44,7 @@ def reliability(confidence: Floats, right: Floats, bins: int = BINS) -> list[Bin
     found = []
     for rows in _equal_mass(confidence, bins):
         share = float(right[rows].mean())
-        low, high = _wilson(share, len(rows))
+        low, high = wilson_interval(share, len(rows), CONFIDENCE)
         found.append(Bin(float(confidence[rows].mean()), share, low, high, len(rows)))
     return found
 
@@ -81,11 +80,3 @@ def _equal_mass(confidence: Floats, bins: int) -> list[NDArray[np.int64]]:
     if not len(confidence):
         return []
     return np.array_split(np.argsort(confidence, kind="stable"), min(bins, len(confidence)))
-
-
-def _wilson(share: float, n: int) -> tuple[float, float]:
-    """The score interval of a share of n (Wilson 1927)."""
-    z = NormalDist().inv_cdf(0.5 + CONFIDENCE / 2)
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * float(np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)))
-    return max(0.0, middle - half), min(1.0, middle + half)

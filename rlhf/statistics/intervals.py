@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -220,6 +221,14 @@ def standard_error(values: ArrayLike) -> float:
     """Standard error of the mean of ``values`` (n,), NaN left out: s / sqrt(n); NaN for fewer than two values."""
     data = _known(values)
     return float(data.std(ddof=1) / np.sqrt(len(data))) if len(data) > 1 else np.nan
+
+
+def wilson_interval(share: float, n: int, confidence: float) -> tuple[float, float]:
+    """The score interval of a share of n (Wilson 1927), which may count halves."""
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def without_nan(value: Any) -> Any:

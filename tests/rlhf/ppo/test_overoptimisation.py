@@ -37,10 +37,11 @@ def test_standard_error_of_a_mean() -> None:
         (31, 16, 4.843),  # 465 pairs
         (31, 64, 3.928),
         (101, 256, 4.349),
+        (201, 8, 12.446),  # 20,100 pairs
     ],
 )
 def test_the_threshold_is_a_quantile_of_students_t(evaluations: int, prompts: int, quantile: float) -> None:
-    assert threshold(evaluations, prompts) == pytest.approx(quantile, abs=5e-3)
+    assert threshold(evaluations, prompts) == pytest.approx(quantile, abs=5e-4)
 
 
 def test_few_prompts_raise_no_alarm() -> None:
