@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,26 @@ def make_value(architecture: str, lora: int) -> ValueModel:
     return value
 
 
+@cache
+def _models(architecture: str, lora: int, shared: bool) -> tuple[Policy, ValueModel | None, Tensor]:
+    """A policy and its value model, to be copied since making them takes longer; and torch's random state after it."""
+    model: Any = policy_model(architecture)
+    torch.manual_seed(2)
+    policy = Policy(add_lora(model, lora, 8.0) if lora else model)
+    value = None if shared else make_value(architecture, lora)
+    if value is None:
+        policy.value_head = zero_head(policy.language_model)
+        torch.nn.init.normal_(policy.value_head.weight, std=0.3)
+    return policy, value, torch.get_rng_state()
+
+
+def new_models(architecture: str, lora: int, shared: bool) -> tuple[Policy, ValueModel | None]:
+    """A policy and its value model (none if it is ``shared``), as if they were made now."""
+    policy, value, random_state = _models(architecture, lora, shared)
+    torch.set_rng_state(random_state)
+    return deepcopy((policy, value))
+
+
 def odd(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
     """A reward: the share of characters with an odd code."""
     return [sum(ord(c) % 2 for c in response) / (len(response) + 1) for response in responses]
@@ -219,13 +241,7 @@ def new_trainer(
 ) -> Trainer:
     """A trainer, always with the same initial weights; ``changes`` are to its settings, ``judges`` of ``JUDGES``."""
     chosen, tokens = settings(**changes), tokenizer(separate_pad)
-    model: Any = policy_model(architecture)
-    torch.manual_seed(2)
-    policy = Policy(add_lora(model, lora, 8.0) if lora else model)
-    value = None if chosen.value_model == "shared" else make_value(architecture, lora)
-    if value is None:
-        policy.value_head = zero_head(policy.language_model)
-        torch.nn.init.normal_(policy.value_head.weight, std=0.3)
+    policy, value = new_models(architecture, lora, chosen.value_model == "shared")
     return Trainer(
         settings=chosen,
         policy=policy,
@@ -256,6 +272,7 @@ class Tiny:
     weights: Callable[[Trainer], dict[str, Tensor]] = weights
     gradients: Callable[[Trainer], Tensor] = gradients
     first_update: Callable[[Trainer], dict[str, Any]] = first_update
+    trainer: Callable[..., Trainer] = new_trainer
     words: tuple[str, ...] = tuple(WORDS)
 
 

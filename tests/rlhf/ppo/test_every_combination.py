@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ REWARDS = ["function", "model", "other model", "sum"]
 MakeTrainer = Callable[..., Trainer]
 
 
+@cache  # nothing changes them
 def make_rewards(kind: str, tiny: Any) -> Rewards:
     """A function; a causal reward model; one of another architecture and tokenizer; a weighted sum."""
     function = FunctionScorer(lambda prompts, responses: [len(response) / 10 for response in responses], "length")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 
 from rlhf.store import checkpoints
+from tests import quick_python
 
 SCRIPT = Path(__file__).with_name("one_of_two.py")
 OF_ONE_PROCESS = ("ppo/seconds", "ppo/tokens_per_second", "ppo/peak_memory_bytes")
@@ -32,7 +32,7 @@ def test_two_processes_compute_what_one_does(
     shared |= {"ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     processes = [
         subprocess.Popen(
-            [sys.executable, str(SCRIPT), str(tmp_path / "two"), str(tmp_path / "result.pt"), json.dumps(changes)],
+            [quick_python.executable(), SCRIPT, tmp_path / "two", tmp_path / "result.pt", json.dumps(changes)],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,

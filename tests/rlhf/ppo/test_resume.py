@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,7 +16,9 @@ import torch
 
 from rlhf import errors
 from rlhf.errors import ArtifactError
+from rlhf.ppo.state import Progress
 from rlhf.ppo.trainer import Trainer
+from tests import quick_python
 
 MakeTrainer = Callable[..., Trainer]
 SCRIPT = Path(__file__).with_name("killed.py")
@@ -52,29 +54,53 @@ EVERYTHING: dict[str, Any] = {  # every piece of state that a training has
 }
 
 
+class Straight(NamedTuple):
+    """What a training that nobody stopped has left."""
+
+    finals: dict[str, float]
+    curves: list[tuple[int, dict[str, float]]]
+    progress: Progress
+    weights: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def trained_straight(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Straight]:
+    """A function that trains with ``EVERYTHING`` and these changes without a stop, once for all who ask for it."""
+
+    @cache
+    def train(**changes: Any) -> Straight:
+        trainer = tiny.trainer(tmp_path_factory.mktemp("straight"), **changes, **EVERYTHING)
+        return Straight(trainer.train(), curves(trainer), trainer.progress, tiny.weights(trainer))
+
+    return train
+
+
+def assert_ends_alike(resumed: Trainer, straight: Straight, tiny: Any) -> None:
+    """Trained to its end, it has the same final metrics and the same bits in its weights."""
+    assert resumed.train() == straight.finals
+    weights = tiny.weights(resumed)
+    for name, weight in straight.weights.items():
+        assert torch.equal(weight, weights[name]), name
+
+
 @pytest.mark.parametrize(("stop", "value"), [(1, "separate"), (3, "shared"), (4, "separate")])
 @pytest.mark.parametrize("lora", [0, 2])
 @pytest.mark.parametrize("architecture", ["gpt2", "llama", "falcon", "gpt_bigcode", "t5"])
 def test_a_resumed_training_ends_with_the_same_bits(
-    stop: int, value: str, lora: int, architecture: str, make_trainer: MakeTrainer, tiny: Any, tmp_path: Path
+    stop: int,
+    value: str,
+    lora: int,
+    architecture: str,
+    make_trainer: MakeTrainer,
+    trained_straight: Callable[..., Straight],
+    tiny: Any,
 ) -> None:
     """Checkpoints are at updates 2 and 4 of 5: the stop is before the first, between the two, and at the second."""
 
-    def make(folder: str) -> Trainer:
-        return make_trainer(
-            architecture,
-            lora=lora,
-            reward=whimsical,
-            checkpoints=tmp_path / folder,
-            updates=5,
-            value_model=value,
-            **EVERYTHING,
-        )
-
-    straight = make("straight")
-    expected = straight.train()
-
-    stopped = make("stopped")
+    changes = {"architecture": architecture, "lora": lora, "reward": whimsical, "value_model": value}
+    straight = trained_straight(updates=5, **changes)
+    make = partial(make_trainer, updates=5, **changes, **EVERYTHING)
+    stopped = make()
     record = stopped.record
 
     def stopping(metrics: dict[str, float]) -> None:
@@ -93,26 +119,23 @@ def test_a_resumed_training_ends_with_the_same_bits(
         stopped.train()
 
     np.random.rand(), torch.rand(7)  # the world has gone on
-    resumed = make("stopped")
+    resumed = make()
     # A journal that outlives the kill; a stage without a checkpoint starts with an empty one.
     resumed.tracker.points = list(stopped.tracker.points) if stop > 1 else []
-    assert resumed.train() == expected
-    assert curves(resumed) == curves(straight)
+    assert_ends_alike(resumed, straight, tiny)
+    assert curves(resumed) == straight.curves
     assert resumed.progress.samples == straight.progress.samples
     assert resumed.progress.evaluations == straight.progress.evaluations
     assert resumed.progress.peaks == straight.progress.peaks
-    for name, weight in tiny.weights(straight).items():
-        assert torch.equal(weight, tiny.weights(resumed)[name]), name
 
 
 @pytest.mark.parametrize("asked", [1, 2, 5])
 def test_a_training_that_is_asked_to_end_leaves_a_checkpoint(
-    asked: int, make_trainer: MakeTrainer, tiny: Any, tmp_path: Path
+    asked: int, make_trainer: MakeTrainer, trained_straight: Callable[..., Straight], tiny: Any
 ) -> None:
     """Before the first regular one, at the second, and in the last update, where there is nothing left to be saved."""
-    straight = make_trainer(checkpoints=tmp_path / "straight", updates=5, **EVERYTHING)
-    expected = straight.train()
-    stopped = make_trainer(checkpoints=tmp_path / "stopped", updates=5, **EVERYTHING)
+    straight = trained_straight(updates=5)
+    stopped = make_trainer(updates=5, **EVERYTHING)
     optimise, saved = stopped.optimise, []
 
     def asking(experience: Any, update: int) -> Any:
@@ -123,17 +146,15 @@ def test_a_training_that_is_asked_to_end_leaves_a_checkpoint(
     stopped.optimise = asking  # type: ignore[method-assign]
     stopped.save = lambda: (saved.append(stopped.progress.update), original_save())  # type: ignore[method-assign]
     if asked == 5:
-        assert stopped.train() == expected
+        assert stopped.train() == straight.finals
         return
     with pytest.raises(errors.StoppedError, match=f"after update {asked} of 5"):
         stopped.train()
     assert saved == [asked]  # and not twice
-    resumed = make_trainer(checkpoints=tmp_path / "stopped", updates=5, **EVERYTHING)
+    resumed = make_trainer(updates=5, **EVERYTHING)
     resumed.tracker.points = list(stopped.tracker.points)
-    assert resumed.train() == expected
-    assert curves(resumed) == curves(straight)
-    for name, weight in tiny.weights(straight).items():
-        assert torch.equal(weight, tiny.weights(resumed)[name]), name
+    assert_ends_alike(resumed, straight, tiny)
+    assert curves(resumed) == straight.curves
 
 
 @pytest.mark.slow
@@ -141,22 +162,24 @@ def test_a_training_that_is_asked_to_end_leaves_a_checkpoint(
     ("where", "architecture", "lora"), [("rollout", "gpt2", 2), ("epoch", "t5", 0), ("checkpoint", "llama", 0)]
 )
 def test_a_training_killed_with_signal_9_ends_with_the_same_bits(
-    where: str, architecture: str, lora: int, make_trainer: MakeTrainer, tiny: Any, tmp_path: Path
+    where: str,
+    architecture: str,
+    lora: int,
+    make_trainer: MakeTrainer,
+    trained_straight: Callable[..., Straight],
+    tiny: Any,
+    tmp_path: Path,
 ) -> None:
-    changes: dict[str, Any] = {"architecture": architecture, "lora": lora, "updates": 6, **EVERYTHING}
-    straight = make_trainer(checkpoints=tmp_path / "straight", **changes)
-    expected = straight.train()
-    arguments = [sys.executable, str(SCRIPT), where, str(tmp_path / "killed"), json.dumps(changes)]
+    changes: dict[str, Any] = {"architecture": architecture, "lora": lora, "updates": 6}
+    folder = tmp_path / "checkpoints"
+    arguments = [quick_python.executable(), SCRIPT, where, folder, json.dumps(changes | EVERYTHING)]
     killed = subprocess.run(arguments, capture_output=True, text=True, timeout=200)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    left = {path.name for path in (tmp_path / "killed").iterdir()}
-    assert (".writing-6" in left) == (where == "checkpoint")
-    resumed = make_trainer(checkpoints=tmp_path / "killed", **changes)
-    assert resumed.train() == expected
+    assert (".writing-6" in {path.name for path in folder.iterdir()}) == (where == "checkpoint")
+    straight, resumed = trained_straight(**changes), make_trainer(**changes, **EVERYTHING)
+    assert_ends_alike(resumed, straight, tiny)
     assert curves(resumed)[0][0] == (5 if where == "checkpoint" else 3)  # from the checkpoint before
-    assert curves(resumed) == [point for point in curves(straight) if point[0] >= curves(resumed)[0][0]]
-    for name, weight in tiny.weights(straight).items():
-        assert torch.equal(weight, tiny.weights(resumed)[name]), name
+    assert curves(resumed) == [point for point in straight.curves if point[0] >= curves(resumed)[0][0]]
 
 
 def test_a_finished_training_is_not_trained_again(make_trainer: MakeTrainer, tiny: Any) -> None:

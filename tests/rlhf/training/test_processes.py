@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import combinations
@@ -29,6 +30,7 @@ from rlhf.store import checkpoints
 from rlhf.tracking.tracker import Entry, Progress, read_journal
 from rlhf.training import computing, processes, supervised
 from tasks.processes import launch
+from tests import quick_python
 
 CLOSE = {"rel": 1e-5, "abs": 1e-5}
 OF_ONE_PROCESS = ("ppo/seconds", "ppo/tokens_per_second", "ppo/peak_memory_bytes")
@@ -44,11 +46,15 @@ def in_one(context: Context) -> dict[str, float]:
     return finals
 
 
-def in_two(context: Context, listener: Any = None) -> dict[str, float]:
-    """The stage in two processes."""
+def in_two(context: Context, listener: Any = None, new: bool = False) -> dict[str, float]:
+    """The stage in two processes; these and their launcher are forked from one with the libraries, or ``new``."""
     resources = context.config.resources.model_copy(update={"processes": 2, "threads": 2})
     config = context.config.model_copy(update={"resources": resources})
-    return launch.run(replace(context, config=config), journal(context), listener or [].append)
+    with pytest.MonkeyPatch.context() as patch:
+        if not new:
+            patch.setenv("PYTHON_EXEC", quick_python.executable())  # what torch's agent starts
+            patch.setattr(sys, "executable", quick_python.executable())
+        return launch.run(replace(context, config=config), journal(context), listener or [].append)
 
 
 def journal(context: Context) -> Path:
@@ -175,7 +181,7 @@ def test_a_training_that_was_cancelled_goes_on_in_two_processes_to_the_same_bits
     whole = odd.context("sft", run="whole", sft=section)
     finals = in_two(whole)
     with pytest.raises(KeyboardInterrupt):
-        in_two(odd.context("sft", run="killed", sft=section), cancel)
+        in_two(odd.context("sft", run="killed", sft=section), cancel, new=True)
     latest = checkpoints.latest(odd.directory / "killed/checkpoints")
     assert latest is not None
     assert 7 <= checkpoints.step_of(latest) <= 9  # of the step under way, or of the next; not a regular one
