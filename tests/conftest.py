@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import importlib
 import os
 import shutil
@@ -43,6 +44,12 @@ atexit.register(lambda: [function() for function in atexit_after_prefect])
 # Prefect sets up logging when it is imported, and closes the handlers that are there. absl's (it comes with
 # rouge_score) closes its stream with it, which is pytest's, if a test module has imported that before.
 importlib.import_module("prefect.main")
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays; garbage collection, which each training asks for, need not look at it each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -112,6 +113,8 @@ def _prepare() -> None:
         importlib.import_module(name)
     for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
         del sys.modules[name]
+    gc.collect()
+    gc.freeze()
     assert threading.active_count() == 1  # a fork would have none of the others
 
 
