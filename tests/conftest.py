@@ -8,11 +8,12 @@ import importlib
 import os
 import shutil
 import signal
+import sqlite3
 import sys
 import tempfile
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -53,8 +54,12 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest test comes first, or one process would be alone with it in the end."""
-    items.sort(key=lambda item: "test_large.py" not in item.nodeid)
+    """File by file: what is cheap; what has asked for more time than others; what else is slow.
+
+    A process that is alone with a long test in the end would take that much longer than the others.
+    """
+    slow, longest = ({item.path for item in items if item.get_closest_marker(mark)} for mark in ("slow", "timeout"))
+    items.sort(key=lambda item: 1 if item.path in longest else 2 if item.path in slow else 0)
 
 
 @pytest.fixture(autouse=True)
@@ -65,12 +70,34 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def prefect_api() -> str:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of all processes that run tests."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def prefect_api(shared: Path) -> str:
     """A Prefect API of this test process's own."""
+    tables, database = shared / "prefect.db", _STATE / "prefect" / "prefect.db"
+    if tables.exists():  # another process has made them
+        database.parent.mkdir(exist_ok=True)
+        shutil.copy(tables, database)
     server = Server(_STATE, _PORT)
     atexit_after_prefect.append(server.stop)
     server.wait()
+    if not tables.exists():
+        part = tables.with_suffix(f".{os.getpid()}")
+        with closing(sqlite3.connect(database)) as made, closing(sqlite3.connect(part)) as copy:
+            made.backup(copy)
+        part.rename(tables)
     return server.url
+
+
+@pytest.fixture(scope="session")
+def prefect_tables(prefect_api: str, shared: Path) -> Path:
+    """The SQLite file of a Prefect server at its first start, to be copied: making its tables takes 5 s of CPU."""
+    return shared / "prefect.db"
 
 
 @pytest.fixture(scope="session")

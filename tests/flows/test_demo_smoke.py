@@ -1,7 +1,7 @@
 """The real pipeline at smoke size, as a user runs it: whole processes, killed, doubled, damaged, with its code edited.
 
-The first run is shared; each test works on a copy of its home folder. That run is a fresh interpreter, on nothing but
-an empty folder. What comes after it is forked (``tests.flows.forking``), and finds the databases of servers made.
+The first run is shared; each test works on a copy of its home folder. That run is a fresh interpreter; what comes after
+it is forked (``tests.flows.forking``). The tables of Prefect and MLflow are there, as the servers make them.
 """
 
 from __future__ import annotations
@@ -79,15 +79,17 @@ def digests(home: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(shared: Path, prefect_tables: Path, mlflow_tables: Path) -> Path:
     """The home folder of a pipeline that has run once, undisturbed: one for all processes that run tests."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "finished"
+    folder, home = shared / "finished", shared / "finished" / "home"
     with locked(folder / "lock"):
         if not (folder / "done").exists():
-            assert "all stages are up to date" in interpreter(folder / "home", "-m", "flows.commands.cli", *RUN)
+            (home / "prefect").mkdir(parents=True)
+            shutil.copy(prefect_tables, home / "prefect" / "prefect.db")
+            shutil.copy(mlflow_tables, home / "mlflow.db")
+            assert "all stages are up to date" in interpreter(home, "-m", "flows.commands.cli", *RUN)
             (folder / "done").touch()
-    return folder / "home"
+    return home
 
 
 @pytest.fixture
