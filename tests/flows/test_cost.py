@@ -24,10 +24,8 @@ def points(home: Path, run_id: str, prefix: str) -> list[tuple[list[str], set[st
     return [(runs, names) for runs, names in named if names]
 
 
-@pytest.mark.usefixtures("calls")
+@pytest.mark.usefixtures("run_once")
 def test_the_cost_of_a_stage_is_kept_with_it(rlhf: Rlhf, home: Path) -> None:
-    code, _, error = rlhf(*RUN)
-    assert code == 0, error
     code, _, error = rlhf(*RUN, "--only", "evaluate")
     assert code == 0, error
     store, (first, second) = Store(home), read_runs(home)
@@ -46,10 +44,7 @@ def test_the_cost_of_a_stage_is_kept_with_it(rlhf: Rlhf, home: Path) -> None:
     assert second.stages["evaluate"]["digest"] == first.stages["evaluate"]["digest"]
 
 
-@pytest.mark.usefixtures("calls")
-def test_a_manifest_from_before_costs_were_known_is_read(rlhf: Rlhf, home: Path) -> None:
-    code, _, error = rlhf(*RUN, "--until", "prepare")
-    assert code == 0, error
+def test_a_manifest_from_before_costs_were_known_is_read(run_once: Path, home: Path) -> None:
     [path] = (home / "ledger" / "prepare").glob("*.json")
     old = json.loads(path.read_text())
     del old["cost"]

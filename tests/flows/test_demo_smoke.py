@@ -1,6 +1,7 @@
 """The real pipeline at smoke size, as a user runs it: whole processes, killed, doubled, damaged, with its code edited.
 
-The first run is shared; each test works on a copy of its home folder.
+The first run is shared; each test works on a copy of its home folder. That run is a fresh interpreter; what comes after
+it is forked (``tests.flows.forking``). The tables of Prefect and MLflow are there, as the servers make them.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ import pytest
 
 from rlhf.config.files import load
 from rlhf.stages import STAGES
+from rlhf.store import locked
 from rlhf.tracking.tracker import read_journal
+from tests.flows import forking
+from tests.flows.forking import Forked
 
 ROOT = Path(__file__).parents[2]
-# Enough steps that a kill falls between two checkpoints.
-LONGER = {
-    "sft.max_steps": 40, "sft.checkpoint_every": 4, "reward.max_steps": 40, "reward.checkpoint_every": 4,
-    "ppo.updates": 8, "ppo.checkpoint_every": 2,
-}  # fmt: skip
+LONGER = {"ppo.updates": 8, "ppo.checkpoint_every": 2}  # enough steps that a kill falls between two checkpoints
 CONFIG = [word for name, value in LONGER.items() for word in ("--set", f"{name}={value}")]
+RUN = ("run", "demo", "--size", "smoke", *CONFIG)
 HEAVY = ("torch", "prefect", "mlflow", "transformers", "trl", "pyarrow", "datasets", "pandas")
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -39,11 +40,17 @@ def environment(home: Path, code: Path = ROOT) -> dict[str, str]:
     return kept | {"RLHF_HOME": str(home), "PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
 
 
-def start(home: Path, *arguments: str, code: Path = ROOT) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "flows.commands.cli", *arguments],
-        env=environment(home, code), cwd=home.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+def start(home: Path, *arguments: str, code: Path = ROOT) -> Forked:
+    return forking.start(arguments, environment(home, code), home.parent, code)
+
+
+def interpreter(home: Path, *words: str) -> str:
+    """What a fresh interpreter prints that is started with these words."""
+    done = subprocess.run(
+        [sys.executable, *words], env=environment(home), cwd=home.parent, text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def rlhf(home: Path, *arguments: str, code: Path = ROOT) -> str:
@@ -54,7 +61,7 @@ def rlhf(home: Path, *arguments: str, code: Path = ROOT) -> str:
 
 
 def run(home: Path, *arguments: str, code: Path = ROOT) -> str:
-    return rlhf(home, "run", "demo", "--size", "smoke", *CONFIG, *arguments, code=code)
+    return rlhf(home, *RUN, *arguments, code=code)
 
 
 def plan(home: Path, *arguments: str, code: Path = ROOT) -> dict[str, dict[str, Any]]:
@@ -62,8 +69,8 @@ def plan(home: Path, *arguments: str, code: Path = ROOT) -> dict[str, dict[str, 
     return {row["stage"]: row for row in json.loads(out)}
 
 
-def to_run(home: Path, *arguments: str, code: Path = ROOT) -> list[str]:
-    return [name for name, row in plan(home, *arguments, code=code).items() if row["action"] == "run"]
+def to_run(rows: dict[str, dict[str, Any]]) -> list[str]:
+    return [name for name, row in rows.items() if row["action"] == "run"]
 
 
 def digests(home: Path) -> dict[str, str]:
@@ -72,19 +79,25 @@ def digests(home: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The home folder of a pipeline that has run once, undisturbed."""
-    home = tmp_path_factory.mktemp("finished") / "home"
-    out = run(home)
-    assert "all stages are up to date" in out
+def finished(shared: Path, prefect_tables: Path, mlflow_tables: Path) -> Path:
+    """The home folder of a pipeline that has run once, undisturbed: one for all processes that run tests."""
+    folder, home = shared / "finished", shared / "finished" / "home"
+    with locked(folder / "lock"):
+        if not (folder / "done").exists():
+            (home / "prefect").mkdir(parents=True)
+            shutil.copy(prefect_tables, home / "prefect" / "prefect.db")
+            shutil.copy(mlflow_tables, home / "mlflow.db")
+            assert "all stages are up to date" in interpreter(home, "-m", "flows.commands.cli", *RUN)
+            (folder / "done").touch()
     return home
 
 
 @pytest.fixture
-def home(finished: Path, tmp_path: Path) -> Iterator[Path]:
-    """A copy of it."""
+def home(finished: Path, mlflow_tables: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of it, without its runs."""
     home = tmp_path / "copy"
-    shutil.copytree(finished, home, ignore=shutil.ignore_patterns("runs", "prefect", "mlflow.db", "mlartifacts"))
+    shutil.copytree(finished, home, ignore=shutil.ignore_patterns("runs", "mlflow.db", "mlartifacts"))
+    shutil.copy(mlflow_tables, home / "mlflow.db")
     yield home
     shutil.rmtree(home)
 
@@ -103,10 +116,9 @@ def test_an_up_to_date_run_imports_nothing_heavy(home: Path) -> None:
         "import sys; from flows.commands.cli import main; code = main(sys.argv[1:]); "
         f"print('heavy:', [name for name in {HEAVY} if name in sys.modules], 'code:', code)"
     )
-    command = [sys.executable, "-c", code, "run", "demo", "--size", "smoke", *CONFIG]
-    done = subprocess.run(command, env=environment(home), cwd=home.parent, text=True, capture_output=True, check=True)
-    assert "all stages are up to date" in done.stdout
-    assert done.stdout.splitlines()[-1] == "heavy: [] code: 0"
+    out = interpreter(home, "-c", code, *RUN)
+    assert "all stages are up to date" in out
+    assert out.splitlines()[-1] == "heavy: [] code: 0"
 
 
 def test_an_override_runs_ppo_and_evaluate_and_mlflow_has_all(finished: Path, tmp_path: Path) -> None:
@@ -114,8 +126,9 @@ def test_an_override_runs_ppo_and_evaluate_and_mlflow_has_all(finished: Path, tm
 
     home = tmp_path / "home"
     shutil.copytree(finished, home)
-    assert to_run(home, "--set", "ppo.kl_coef=0.1") == ["ppo", "evaluate"]
-    [reason] = plan(home, "--set", "ppo.kl_coef=0.1")["ppo"]["reasons"]
+    rows = plan(home, "--set", "ppo.kl_coef=0.1")
+    assert to_run(rows) == ["ppo", "evaluate"]
+    [reason] = rows["ppo"]["reasons"]
     assert reason == f"config.ppo.kl_coef: {load().ppo.kl_coef} -> 0.1"
     run(home, "--set", "ppo.kl_coef=0.1")
     records = [json.loads(path.read_text()) for path in sorted((home / "runs").glob("*/run.json"))]
@@ -145,7 +158,7 @@ def test_an_override_runs_ppo_and_evaluate_and_mlflow_has_all(finished: Path, tm
 def test_a_killed_stage_resumes_to_the_same_bits(finished: Path, home: Path) -> None:
     """Here PPO; tests/faults kills at any moment of any stage, and each training's own tests resume at any step."""
     stage = "ppo"
-    arguments = ("run", "demo", "--size", "smoke", *CONFIG, "--only", stage)
+    arguments = (*RUN, "--only", stage)
     key = plan(home)[stage]["key"]
     work = home / "work" / f"{stage}-{key}"
     process = start(home, *arguments)
@@ -176,15 +189,14 @@ def stages_of(home: Path) -> list[dict[str, bool]]:
 
 
 def test_of_two_runs_the_one_left_finishes(finished: Path, home: Path) -> None:
-    arguments = ("run", "demo", "--size", "smoke", *CONFIG)
     for stage in ("ppo", "evaluate"):
         shutil.rmtree(home / "store" / stage)
-    first = start(home, *arguments)
+    first = start(home, *RUN)
     while not list(home.glob("work/ppo-*")):
         assert first.poll() is None, first.communicate()
         time.sleep(0.002)
     first.send_signal(signal.SIGSTOP)  # it is in the stage, and holds its lock
-    second = start(home, *arguments)
+    second = start(home, *RUN)
     while len(stages_of(home)) < 2 or "reward" not in stages_of(home)[1]:
         assert second.poll() is None, second.communicate()
         time.sleep(0.05)
@@ -219,12 +231,12 @@ def test_editing_the_ppo_core_runs_ppo_and_nothing_before_it(home: Path, edited:
     comment = edited(
         "import torch\nfrom torch import Tensor\n", "import torch  # a comment\nfrom torch import Tensor\n"
     )
-    assert to_run(home, code=comment) == []
+    assert to_run(plan(home, code=comment)) == []
     function = edited(
         "error = min(max(kl / target - 1.0, -0.2), 0.2)", "error = min(max(kl / target - 1.0, -0.3), 0.2)"
     )
     rows = plan(home, code=function)
-    assert next(name for name, row in rows.items() if row["action"] == "run") == "ppo"
+    assert to_run(rows)[0] == "ppo"
     assert "code rlhf/ppo/core.py changed" in rows["ppo"]["reasons"]
     run(home, code=function)
     assert {name for name, cached in stages_of(home)[-1].items() if not cached} <= {"ppo", "evaluate"}

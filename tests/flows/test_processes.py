@@ -15,6 +15,7 @@ from prefect.client.schemas.sorting import LogSort
 from tests.rlhf.projects import good
 
 Rlhf = Callable[..., tuple[int, str, str]]
+TWO = {"resources.processes": 2}
 REWARDS = """import os
 def loud(prompts, responses):
     print("said by rank", os.environ.get("RANK"), flush=True)
@@ -29,8 +30,9 @@ def prefect_log() -> list[str]:
         return [entry.message for entry in client.read_logs(limit=200, sort=LogSort.TIMESTAMP_DESC)]
 
 
-@pytest.mark.slow
-def test_a_run_in_two_processes(rlhf: Rlhf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def call(rlhf: Rlhf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Rlhf:
+    """The command line on a small project, until PPO."""
     monkeypatch.chdir(tmp_path)
     config = str(good(tmp_path))
     (tmp_path / "our_rewards.py").write_text(REWARDS)
@@ -43,8 +45,12 @@ def test_a_run_in_two_processes(rlhf: Rlhf, tmp_path: Path, monkeypatch: pytest.
         words = [word for name, value in (settings | changes).items() for word in ("--set", f"{name}={value}")]
         return rlhf(command, config, "--until", "ppo", *words, *more)
 
-    two = {"resources.processes": 2}
-    code, _, error = call("run", **two)
+    return call
+
+
+@pytest.mark.slow
+def test_a_run_in_two_processes(call: Rlhf, tmp_path: Path) -> None:
+    code, _, error = call("run", **TWO)
     assert (code, error) == (0, "")
     plans = json.loads(call("plan", "--json")[1])
     assert [plan["action"] for plan in plans] == ["cached"] * 3  # for one process, too
@@ -58,14 +64,17 @@ def test_a_run_in_two_processes(rlhf: Rlhf, tmp_path: Path, monkeypatch: pytest.
         time.sleep(0.5)
     assert said <= set(prefect_log())
 
-    code, _, error = call("run", **two, **{"ppo.rewards": "{our_rewards:broken: 1.0}"})
+
+@pytest.mark.slow
+def test_what_goes_wrong_in_two_processes(call: Rlhf) -> None:
+    code, _, error = call("run", **TWO, sft="off", **{"ppo.rewards": "{our_rewards:broken: 1.0}"})
     assert code == 1
     assert error.startswith("rlhf: RewardError: ppo update 1: ")
     assert "(rank " in error
     assert "Traceback" not in error
-    code, _, error = call("run", **two, **{"ppo.episodes": 7})
+    code, _, error = call("run", **TWO, **{"ppo.episodes": 7})
     assert code == 2
     assert "ppo.episodes 7 must be a multiple of resources.processes * ppo.minibatches = 2 * 1" in error
-    code, _, error = call("run", **two, **{"resources.accelerate_config": "nowhere.yaml"})
+    code, _, error = call("run", **TWO, **{"resources.accelerate_config": "nowhere.yaml"})
     assert code == 2
     assert "nowhere.yaml: there is no such file" in error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,14 @@ def on(rlhf: Rlhf, tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
     return machine
 
 
+@pytest.fixture
+def a_has_run(on: Callable[[str], Rlhf], stood_in: Path, calls: list[str], tmp_path: Path) -> None:
+    """Machine a has run the pipeline, and the shared store has it all."""
+    shutil.copytree(stood_in, tmp_path / "a")
+    assert on("a")("cache", "send")[0] == 0
+    assert calls == []
+
+
 def plan(rlhf: Rlhf, *arguments: str) -> dict[str, dict[str, Any]]:
     code, out, error = rlhf("plan", "--json", *arguments)
     assert code == 0, error
@@ -69,9 +78,8 @@ def test_a_fresh_machine_goes_on_from_what_the_other_did(on: Callable[[str], Rlh
     assert calls == ["ppo"]
 
 
+@pytest.mark.usefixtures("a_has_run")
 def test_what_one_made_anew_the_others_get(on: Callable[[str], Rlhf], calls: Any) -> None:
-    assert on("a")("run")[0] == 0
-    calls.clear()
     calls.change = "other"
     assert on("b")("run", "--refresh", "sft")[0] == 0
     assert calls == ["sft", "reward", "ppo", "evaluate"]
@@ -79,11 +87,10 @@ def test_what_one_made_anew_the_others_get(on: Callable[[str], Rlhf], calls: Any
     assert calls == ["sft", "reward", "ppo", "evaluate"]
 
 
+@pytest.mark.usefixtures("a_has_run")
 def test_a_damaged_shared_artifact_is_computed_again_and_replaced(
     on: Callable[[str], Rlhf], calls: list[str], shared: Path
 ) -> None:
-    assert on("a")("run")[0] == 0
-    calls.clear()
     [model] = shared.glob("sft/*/*/model")
     model.write_bytes(model.read_bytes().replace(b"e", b"E", 1))
     assert on("b")("run")[0] == 0
@@ -92,11 +99,10 @@ def test_a_damaged_shared_artifact_is_computed_again_and_replaced(
     assert calls == ["sft"]
 
 
+@pytest.mark.usefixtures("a_has_run")
 def test_what_must_come_from_the_cache_and_is_damaged_is_not_computed(
     on: Callable[[str], Rlhf], calls: list[str], shared: Path
 ) -> None:
-    assert on("a")("run")[0] == 0
-    calls.clear()
     [model] = shared.glob("sft/*/*/model")
     model.unlink()
     code, _, error = on("b")("run", "--only", "ppo")
@@ -134,10 +140,10 @@ def test_what_could_not_be_sent_is_sent_by_the_next_run(
     assert Store(tmp_path / "a").unsent() == []
 
 
+@pytest.mark.usefixtures("a_has_run")
 def test_a_store_that_is_away_stops_what_needs_it_and_nothing_else(
     on: Callable[[str], Rlhf], calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert on("a")("run")[0] == 0
     again = shared_store.retry
     monkeypatch.setattr(shared_store, "retry", lambda request: again(request, sleep=lambda seconds: None))
 
@@ -151,8 +157,10 @@ def test_a_store_that_is_away_stops_what_needs_it_and_nothing_else(
     assert "does not answer: TimeoutError: timed out" in error
 
 
-def test_an_existing_cache_can_be_sent(on: Callable[[str], Rlhf], rlhf: Rlhf, calls: list[str], tmp_path: Path) -> None:
-    assert rlhf("run", "--home", str(tmp_path / "a"), "--set", "tracking.enabled=false")[0] == 0
+def test_an_existing_cache_can_be_sent(
+    on: Callable[[str], Rlhf], stood_in: Path, calls: list[str], tmp_path: Path
+) -> None:
+    shutil.copytree(stood_in, tmp_path / "a")
     assert {row["action"] for row in plan(on("b")).values()} == {"run"}
     code, out, _ = on("a")("cache", "send")
     assert code == 0

@@ -32,10 +32,12 @@ TINY = (
 
 
 @pytest.fixture(scope="module")
-def two_runs(tmp_path_factory: pytest.TempPathFactory, prefect_api: str) -> Path:
+def two_runs(tmp_path_factory: pytest.TempPathFactory, prefect_api: str, mlflow_tables: Path) -> Path:
     """A home folder with two finished runs of a tiny pipeline; their policies differ."""
     folder = tmp_path_factory.mktemp("project")
     source, home = str(good(folder)), folder / "home"
+    home.mkdir()
+    shutil.copy(mlflow_tables, home / "mlflow.db")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RLHF_HOME", str(home))
         patch.setenv("RLHF_STORE", "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,11 +41,11 @@ def test_a_run_leaves_its_report_and_gives_it_to_its_journal(rlhf: Rlhf, calls: 
     assert kept == ["pipeline"]
 
 
-def test_what_is_up_to_date_has_the_report_of_the_run_that_had_it(rlhf: Rlhf, calls: list[str], home: Path) -> None:
-    first = said(rlhf("run", *OFFLINE)[1])
+def test_what_is_up_to_date_has_the_report_of_the_run_that_had_it(rlhf: Rlhf, run_once: Path, home: Path) -> None:
+    [first] = reports(home)
     rlhf("run", *OFFLINE, "--set", "ppo.kl_coef=0.3")
     assert len(reports(home)) == 2
-    assert said(rlhf("run", *OFFLINE)[1]) == first
+    assert said(rlhf("run", *OFFLINE)[1]) == first.resolve()
     for report in reports(home):
         report.unlink()
     assert "Report:" not in rlhf("run", *OFFLINE)[1]
@@ -81,8 +82,7 @@ def test_what_fails_in_a_report_fails_no_run(
     assert (code, Path(out.strip())) == (0, reports(home)[0].resolve())
 
 
-def test_a_report_is_made_anew_by_run_or_by_pipeline(rlhf: Rlhf, calls: list[str], home: Path) -> None:
-    rlhf("run", *OFFLINE)
+def test_a_report_is_made_anew_by_run_or_by_pipeline(rlhf: Rlhf, run_once: Path, home: Path) -> None:
     rlhf("run", *OFFLINE, "--set", "ppo.kl_coef=0.3")
     first, last = reports(home)
     before = [report.read_bytes() for report in (first, last)]
@@ -96,11 +96,11 @@ def test_a_report_is_made_anew_by_run_or_by_pipeline(rlhf: Rlhf, calls: list[str
     assert b"ppo.kl_coef" in last.read_bytes()
 
 
-def test_there_must_be_such_a_run(rlhf: Rlhf, calls: list[str], home: Path) -> None:
-    code, _, error = rlhf("report")
+def test_there_must_be_such_a_run(offline_rlhf: Rlhf, stood_in: Path, home: Path) -> None:
+    code, _, error = offline_rlhf("report")
     assert code == 2
     assert "there is no run in" in error
-    rlhf("run", *OFFLINE)
-    code, _, error = rlhf("report", "demmo")
+    shutil.copytree(stood_in, home)
+    code, _, error = offline_rlhf("report", "demmo")
     assert code == 2
     assert "did you mean 'demo'" in error

@@ -30,7 +30,7 @@ from rlhf.store.artifacts import Store, make_manifest
 from tasks import mlflow_run
 from tasks.mlflow import registry
 from tasks.mlflow.journal import RunJournal
-from tasks.mlflow.server import connect, default_uri
+from tasks.mlflow.server import default_uri
 from tasks.mlflow.sync import ship
 from tasks.run import Run
 
@@ -94,25 +94,18 @@ def finished(store: Store, tokenizer: PreTrainedTokenizerFast) -> Any:
     return make
 
 
-@pytest.fixture(scope="module")
-def empty(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty SQLite file of MLflow, which takes seconds to make."""
-    home = tmp_path_factory.mktemp("empty")
-    connect(default_uri(home))
-    return home / "mlflow.db"
-
-
 @pytest.fixture
-def sqlite(store: Store, empty: Path) -> str:
+def sqlite(store: Store, mlflow_tables: Path) -> str:
     store.home.mkdir(parents=True, exist_ok=True)
-    shutil.copy(empty, store.home / "mlflow.db")
+    shutil.copy(mlflow_tables, store.home / "mlflow.db")
     return default_uri(store.home)
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(tmp_path_factory: pytest.TempPathFactory, mlflow_tables: Path) -> Iterator[str]:
     """An MLflow server that keeps models itself."""
     folder, port = tmp_path_factory.mktemp("server"), free_port()
+    shutil.copy(mlflow_tables, folder / "mlflow.db")
     command = [
         *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
         *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "files")),
@@ -192,7 +185,7 @@ def test_the_note_of_a_run_says_what_was_asked_and_what_it_came_to(finished: Any
         "[link](http://prefect)",
         "The gate: refused. the KL is over the budget",
     ]
-    assert parent.data.tags["rlhf.champions.gate"] == "refused"
+    assert parent.data.tags["rlhf.gate"] == "refused"
     [version] = client.search_model_versions("name = 'tiny'")
     assert (version.tags["gate"], version.tags["gate.why"]) == ("refused", "the KL is over the budget")
 

@@ -1,5 +1,6 @@
 """Models that are logged load back and predict what transformers predicts."""
 
+import asyncio
 import copy
 import logging
 import os
@@ -38,17 +39,12 @@ from rlhf.runs.generate import Sampling, respond
 from rlhf.runs.policies import Place
 from tasks.mlflow.files import log_model
 from tasks.mlflow.journal import RunJournal
-from tasks.mlflow.server import connect, default_uri
+from tasks.mlflow.server import connect
 from tasks.mlflow.sync import ship
 from tests.rlhf.conftest import TinyBert
 
 PROMPTS = ["The pool is closed on Monday.", "Hi", "A parcel came: it is at the desk in the hall"]
 RESPONSES = [" Closed Monday.", " Hello", " Parcel at the desk."]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return default_uri(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +100,15 @@ def load(store: str, path: Path, digest: str, kind: str) -> Any:
     )
     run = client.create_run(experiment_id)
     model_id = log_model(client, run.info.run_id, kind, path, digest, kind)
+    return loaded(store, f"models:/{model_id}")
+
+
+def loaded(store: str, uri: str) -> Any:
     mlflow.set_tracking_uri(store)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            return mlflow.pyfunc.load_model(f"models:/{model_id}")
+            return mlflow.pyfunc.load_model(uri)
     finally:
         mlflow.set_tracking_uri(None)
 
@@ -303,31 +303,51 @@ def make_policy(kind: str, tokenizer: PreTrainedTokenizerFast, path: Path) -> No
     loading.save(model, tokenizer, path)
 
 
+def answer(address: str, request: dict[str, Any]) -> Any:
+    found = httpx.post(address, json=request, timeout=120)
+    assert found.status_code == 200, found.text
+    return found.json()["predictions"]
+
+
+def answer_here(store: str, uri: str, request: dict[str, Any]) -> Any:
+    """What the program that ``mlflow models serve`` starts answers, in this process."""
+    model = loaded(store, uri)
+    from mlflow.pyfunc import scoring_server  # it warns of types of MLflow's own where it comes first
+
+    transport = httpx.ASGITransport(app=scoring_server.init(model))
+
+    async def post() -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://served") as client:
+            return await client.post("/invocations", json=request)
+
+    found = asyncio.run(post())
+    assert found.status_code == 200, found.text
+    return found.json()["predictions"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("kind", ["causal", "lora", "t5"])
 def test_a_served_champion_answers_as_rlhf_generate_does(
     store: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, kind: str
 ) -> None:
+    """The causal one by a server as a whole; what differs in the others is the model that it loads."""
     make_policy(kind, tokenizer, tmp_path / "model")
     expected = [answer.text for answer in respond(Place(str(tmp_path / "model")), PROMPTS, Sampling(12))]
     uri = registered(store, tmp_path / "model", f"served-{kind}", tmp_path)
-    request = {"dataframe_split": {"columns": ["prompt"], "data": [[prompt] for prompt in PROMPTS]}}
-    with serving(store, uri, tmp_path) as address:
-        answer = httpx.post(address, json={**request, "params": {"max_new_tokens": 12}}, timeout=120)
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["predictions"] == expected
+    table = {"columns": ["prompt"], "data": [[prompt] for prompt in PROMPTS]}
+    request = {"dataframe_split": table, "params": {"max_new_tokens": 12}}
+    if kind == "causal":
+        with serving(store, uri, tmp_path) as address:
+            assert answer(address, request) == expected
+    assert answer_here(store, uri, request) == expected
     assert any(expected)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_served_reward_model_scores(store: str, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = make_reward_model(tokenizer, tmp_path / "model")
     scorer = RewardModel(loading.load_reward_model(path).eval(), loading.load_tokenizer(path))
     rows = [list(row) for row in zip(PROMPTS, RESPONSES, strict=True)]
-    with serving(store, registered(store, path, "served-reward", tmp_path), tmp_path) as address:
-        request = {"dataframe_split": {"columns": ["prompt", "response"], "data": rows}}
-        answer = httpx.post(address, json=request, timeout=120)
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["predictions"] == pytest.approx(scorer(PROMPTS, RESPONSES, {}), abs=1e-5)
+    uri = registered(store, path, "served-reward", tmp_path)
+    found = answer_here(store, uri, {"dataframe_split": {"columns": ["prompt", "response"], "data": rows}})
+    assert found == pytest.approx(scorer(PROMPTS, RESPONSES, {}), abs=1e-5)

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,21 +24,12 @@ from mlflow.exceptions import MlflowException
 from rlhf.tracking.tracker import JournalTracker
 from tasks.mlflow import shipper
 from tasks.mlflow.journal import PARENT, RunJournal
-from tasks.mlflow.server import connect, default_uri
 from tasks.mlflow.shipper import CANCELLED_SECONDS, CLOSE_SECONDS, Shipper
 from tasks.mlflow.sync import Shipped, ship
 from tasks.processes.stopping import STOP_SECONDS
 from tests.tasks.mlflow_reads import history, runs_of
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A SQLite store for all tests of this file: making its tables takes 2 s."""
-    uri = default_uri(tmp_path_factory.mktemp("store"))
-    connect(uri)
-    return uri
 
 
 def begin(directory: Path) -> RunJournal:
@@ -137,8 +129,8 @@ def test_kill_9_of_the_shipper_in_the_middle_loses_and_doubles_nothing(store: st
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator["Server"]:
-    server = Server(tmp_path / "server")
+def server(tmp_path: Path, mlflow_tables: Path) -> Iterator["Server"]:
+    server = Server(tmp_path / "server", mlflow_tables)
     server.start()
     yield server
     server.kill()
@@ -147,8 +139,9 @@ def server(tmp_path: Path) -> Iterator["Server"]:
 class Server:
     """A real ``mlflow server`` on a free port."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tables: Path) -> None:
         folder.mkdir()
+        shutil.copy(tables, folder / "mlflow.db")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -206,10 +199,10 @@ def test_a_server_killed_and_restarted_gets_every_point_once_and_never_blocks(
         train(lambda: Shipped.read(directory).offset > 20_000)
         server.kill()
         train(lambda: "cannot be written to" in caplog.text)
-        killed_at = step
         server.start()
         train(lambda: "is back" in caplog.text)
-        train(lambda: step > killed_at + 400)
+        back_at = step
+        train(lambda: step > back_at + 100)
     assert shipper.close(timeout=60), (directory / "shipper.log").read_text()
     assert slowest < 1.0
     assert caplog.text.count("cannot be written to") == 1

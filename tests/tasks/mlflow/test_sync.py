@@ -15,19 +15,10 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from tasks.mlflow.journal import PARENT, RunJournal
-from tasks.mlflow.server import connect, default_uri
 from tasks.mlflow.sync import BusyError, Replay, Shipped, pending_one_by_one, run_urls, ship
 from tests.tasks.mlflow_reads import history, runs_of
 
 ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A SQLite store for all tests of this file: making its tables takes 2 s."""
-    uri = default_uri(tmp_path_factory.mktemp("store"))
-    connect(uri)
-    return uri
 
 
 def begin(directory: Path, experiment: str = "rlhf", **more: Any) -> RunJournal:
