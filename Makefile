@@ -14,9 +14,9 @@ demo: .venv/installed
 test: .venv/installed
 	$(TEST_ENV) $(BIN)/pytest -n 2 --dist worksteal --ignore tests/team --ignore tests/processes --ignore tests/faults
 
-# One `rlhf up` as a whole: real servers, a worker, a browser (chromium) where there is one.
+# `rlhf up` as a whole: real servers, a worker, a browser (chromium) where there is one. Each of the two processes has one.
 team: .venv/installed
-	$(TEST_ENV) $(BIN)/pytest tests/team
+	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile tests/team
 
 # Other whole processes: sweeps, launchers, a full disk, servers of their own, report and MLflow in a browser.
 processes: .venv/installed

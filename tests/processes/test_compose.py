@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,9 @@ class Services:
 
         def healthy() -> bool:
             assert process.poll() is None, (self._folder / f"{name}.log").read_text()
-            return subprocess.run(check, env=environment, capture_output=True).returncode == 0
+            well = subprocess.run(check, env=environment, capture_output=True).returncode == 0
+            time.sleep(0 if well else 1)  # a check starts an interpreter, which takes the service's time
+            return well
 
         wait_for(healthy, f"{name} to be healthy")
 

@@ -21,6 +21,7 @@ import pytest
 from flows.team.server import free_port
 
 SECONDS = 240.0  # for anything to happen that should, on a busy machine
+TLS = httpx.create_ssl_context()  # made once: to read the certificates again takes longer than the request itself
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Up:
         """What Prefect's API answers. While it is away or busy (503), come back, as Prefect's own clients do."""
         for pause in (0.2, 1.0, 5.0, 10.0, 30.0, None):
             try:
-                answer = httpx.request(method, f"{self.prefect}/api/{path}", json=body or None, timeout=30)
+                answer = httpx.request(method, f"{self.prefect}/api/{path}", json=body or None, timeout=30, verify=TLS)
                 if answer.status_code != 503 or pause is None:
                     break
             except httpx.TransportError:
@@ -135,6 +136,6 @@ def started(home: Path, *arguments: str) -> Iterator[Up]:
 
 @pytest.fixture(scope="package")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    """One that all tests of this folder share."""
+    """One that all tests of this folder share, or those of a process of xdist."""
     with started(tmp_path_factory.mktemp("team") / "home") as ready:
         yield ready

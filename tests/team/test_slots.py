@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import time
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pytest
 
-from rlhf.config.pipeline import PipelineConfig
+from rlhf.config import PipelineConfig, load
 from rlhf.runs.records import read_runs
 from tasks.slots import takes_slot
 from tests.team.conftest import Up, wait_for
@@ -25,17 +25,16 @@ class Span(NamedTuple):
     end: float
 
 
-def demo(up: Up, seed: int, updates: int) -> dict[str, Any]:
-    """The demo at a small size, with a seed of its own, so that two have nothing in common."""
-    config: dict[str, Any] = up.deployment("pipeline/demo")["parameters"]["config"]
-    small: dict[str, Any] = {
-        "sft": {"max_steps": 8},
-        "reward": {"max_steps": 4},
-        "ppo": {"updates": updates, "episodes": 8, "max_new_tokens": 16},
-        "evaluate": {"prompts": 8, "bootstrap": 20},
-        "resources": {"threads": 1},
-    }
-    return config | {name: config[name] | values for name, values in small.items()} | {"seed": seed}
+def demo(seed: int, updates: int) -> PipelineConfig:
+    """The demo at its small size, with a seed of its own, so that two have nothing in common."""
+    seldom = ["ppo.checkpoint_every=100", "ppo.log_samples_every=100"]
+    overrides = [f"seed={seed}", f"ppo.updates={updates}", *seldom, "resources.threads=1"]
+    return load("demo", size="smoke", overrides=overrides)
+
+
+def submit(up: Up, config: PipelineConfig) -> str:
+    """Ask for a run; its id."""
+    return up.submit("pipeline/demo", config=config.model_dump(mode="json"))
 
 
 def spans(up: Up, seed: int) -> dict[str, Span]:
@@ -62,10 +61,10 @@ def test_two_runs_take_turns(up: Up, killed: bool) -> None:
     seeds = (41 + 2 * killed, 42 + 2 * killed)
     others = {path.name for path in up.home.glob("work/*")}
     prepared = set(up.home.glob("store/prepare/*"))
-    first = up.submit("pipeline/demo", config=demo(up, seeds[0], updates=4000))  # more than there is time for
+    first = submit(up, demo(seeds[0], updates=100_000))  # more than there is time for
     held = up.home / "work" / begun(up, "ppo", others)
-    config = demo(up, seeds[1], updates=2)
-    second = up.submit("pipeline/demo", config=config)
+    config = demo(seeds[1], updates=2)
+    second = submit(up, config)
     if killed:
         begun(up, "sft", others)  # the second one's: it waits for the slot
         carriers = [one for one in up.tree() if one.environ().get("PREFECT__FLOW_RUN_ID") == first]
@@ -82,8 +81,7 @@ def test_two_runs_take_turns(up: Up, killed: bool) -> None:
     ours, theirs = (spans(up, seed) for seed in seeds)
     assert list(ours) == ["prepare", "sft", "judge", "reward"]  # its PPO was under way until it was cancelled
     ours["ppo"] = Span("ppo", ours["reward"].end, max([asked, *(one.stat().st_mtime for one in held.rglob("*"))]))
-    parsed = PipelineConfig.model_validate(config)
-    holding = [[span for span in run.values() if takes_slot(span.stage, parsed)] for run in (ours, theirs)]
+    holding = [[span for span in run.values() if takes_slot(span.stage, config)] for run in (ours, theirs)]
     assert [len(one) for one in holding] == [3, 4]  # sft, reward and ppo; evaluate, too
     for a, b in product(*holding):
         assert a.end <= b.begin or b.end <= a.begin, (a, b)

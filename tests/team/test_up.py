@@ -5,12 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import signal
 import subprocess
 import sys
 import time
 import urllib.parse
-from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -19,22 +17,12 @@ import pytest
 
 from flows.team.deployments import shipped
 from flows.team.heartbeats import ENVIRONMENT, FOUND, LOST
-from flows.team.reaper import PAUSED
 from rlhf.store import checkpoints
-from tests.team.conftest import Up, started, wait_for
+from tests.team.conftest import Up, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SMOKE = {"preset": "demo", "size": "smoke", "overrides": ["resources.threads=1"]}
-SLOW = """\
-import time
-from pathlib import Path
-
-def slow(prompts, responses):
-    Path(__file__).with_name("asleep").touch()
-    time.sleep(8)
-    return [0.0] * len(prompts)
-"""
 STAGES = ["prepare", "sft", "judge", "reward", "ppo", "evaluate"]
 
 
@@ -44,9 +32,29 @@ def rows(markdown: str) -> dict[str, list[str]]:
     return {row[0]: row for row in cells[2:]}
 
 
-def test_a_run_and_one_stage_of_it_again(up: Up) -> None:
-    first = up.submit("preset/run", **SMOKE)
-    assert up.finish(first) == "COMPLETED"
+@pytest.fixture(scope="module")
+def first(up: Up) -> str:
+    """A run that has computed all."""
+    run = up.submit("preset/run", **SMOKE)
+    assert up.finish(run) == "COMPLETED"
+    return run
+
+
+def only(up: Up, run: str, stage: str) -> urllib.parse.SplitResult:
+    """Where the table of a run's stages leads for one of them alone."""
+    return urllib.parse.urlsplit(re.search(r"\[only\]\(([^)]*)\)", rows(up.artifacts(run)["stages"])[stage][7])[1])
+
+
+@pytest.fixture(scope="module")
+def again(up: Up, first: str) -> str:
+    """One stage of it again, and the others from the cache."""
+    parameters = json.loads(urllib.parse.parse_qs(only(up, first, "ppo").query)["parameters"][0])
+    run = up.submit("preset/run", **parameters)
+    assert up.finish(run) == "COMPLETED"
+    return run
+
+
+def test_a_run_and_one_stage_of_it_again(up: Up, first: str, again: str) -> None:
     shown = up.artifacts(first)
     table = rows(shown["stages"])
     assert list(table) == STAGES
@@ -55,20 +63,18 @@ def test_a_run_and_one_stage_of_it_again(up: Up) -> None:
     assert shown["reward-calibration"].startswith("data:image/png;base64,")
 
     # The link of a stage is the form of the same deployment, with this run's parameters and that stage alone.
-    link = urllib.parse.urlsplit(re.search(r"\[only\]\(([^)]*)\)", table["ppo"][7])[1])
+    link = only(up, first, "ppo")
     assert link.path == f"/deployments/deployment/{up.deployment('preset/run')['id']}/run"
     parameters = json.loads(urllib.parse.parse_qs(link.query)["parameters"][0])
     assert parameters["only"] == "ppo"
     assert parameters["overrides"] == SMOKE["overrides"]
-    again = up.submit("preset/run", **parameters)
-    assert up.finish(again) == "COMPLETED"
     became = {stage: row[1] for stage, row in rows(up.artifacts(again)["stages"]).items()}
     assert became == {"prepare": "cached", "sft": "cached", "judge": "cached", "reward": "cached", "ppo": "ran"}
 
 
-def test_mlflow_and_prefect_lead_to_each_other(up: Up) -> None:
-    run = up.submit("preset/run", **SMOKE)
-    assert up.finish(run) == "COMPLETED"
+@pytest.mark.parametrize("name", ["first", "again"])  # a stage that was computed, and one from the cache
+def test_mlflow_and_prefect_lead_to_each_other(up: Up, name: str, request: pytest.FixtureRequest) -> None:
+    run = request.getfixturevalue(name)
     link = re.search(r"\[run\]\(([^)]*)\)", rows(up.artifacts(run)["stages"])["sft"][6])[1]
     assert link.startswith(up.mlflow)
     answer = httpx.get(f"{up.mlflow}/api/2.0/mlflow/runs/get", params={"run_id": link.rpartition("/")[2]}).json()
@@ -220,46 +226,58 @@ def test_what_dies_is_started_again(up: Up, name: str) -> None:
     assert up.finish(run) == "COMPLETED"
 
 
-def test_a_run_that_was_being_started_when_the_worker_died_is_started_again(up: Up) -> None:
+def not_begun(up: Up) -> str:
+    """A run that no worker takes by itself; its id."""
     later = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2099-01-01T00:00:00Z"}}
     deployment = up.deployment("preset/run")["id"]
-    run = up.api("POST", f"deployments/{deployment}/create_flow_run", parameters=SMOKE, state=later)["id"]
-    up.api("POST", f"flow_runs/{run}/set_state", state={"type": "PENDING"}, force=True)
+    return str(up.api("POST", f"deployments/{deployment}/create_flow_run", parameters=SMOKE, state=later)["id"])
+
+
+def put(up: Up, run: str, *states: str) -> None:
+    """Say of a run that it is in these states, one after the other."""
+    for state in states:
+        up.api("POST", f"flow_runs/{run}/set_state", state={"type": state}, force=True)
+
+
+def test_a_run_that_was_being_started_when_the_worker_died_is_started_again(up: Up) -> None:
+    run = not_begun(up)
+    put(up, run, "PENDING")
     victim = child(up, "worker")
     assert victim is not None
     psutil.Process(victim).terminate()
     assert up.finish(run) == "COMPLETED"
 
 
-def test_a_run_whose_process_ended_before_it_began_is_started_again(up: Up) -> None:
-    """As one does that cannot ask the server, whose database is away."""
-    later = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2099-01-01T00:00:00Z"}}
-    deployment = up.deployment("preset/run")["id"]
-    run = up.api("POST", f"deployments/{deployment}/create_flow_run", parameters=SMOKE, state=later)["id"]
-    with subprocess.Popen(["true"]) as ended:
+@pytest.fixture(scope="module")
+def ended(up: Up) -> dict[str, str]:
+    """Runs whose process ended before they began, by their state: made together, as it takes a minute to be sure."""
+    runs = {state: not_begun(up) for state in ("PENDING", "CANCELLING")}
+    with subprocess.Popen(["true"]) as process:
         pass
-    up.api("PATCH", f"flow_runs/{run}", infrastructure_pid=str(ended.pid))
-    up.api("POST", f"flow_runs/{run}/set_state", state={"type": "PENDING"}, force=True)
-    assert up.finish(run) == "COMPLETED"
+    up.api("PATCH", f"flow_runs/{runs['PENDING']}", infrastructure_pid=str(process.pid))
+    put(up, runs["CANCELLING"], "PENDING", "CANCELLING")
+    put(up, runs["PENDING"], "PENDING")
+    assert up.state(runs["CANCELLING"]) == "CANCELLING"
+    return runs
 
 
-def test_a_run_that_is_cancelled_before_it_begins_does_not_stay_so(up: Up) -> None:
+def test_a_run_whose_process_ended_before_it_began_is_started_again(up: Up, ended: dict[str, str]) -> None:
+    """As one does that cannot ask the server, whose database is away."""
+    assert up.finish(ended["PENDING"]) == "COMPLETED"
+
+
+def test_a_run_that_is_cancelled_before_it_begins_does_not_stay_so(up: Up, ended: dict[str, str]) -> None:
     """Its process ends without a word to the server, as that of a run which is cancelled while it is being started."""
-    later = {"type": "SCHEDULED", "state_details": {"scheduled_time": "2099-01-01T00:00:00Z"}}
-    deployment = up.deployment("preset/run")["id"]
-    run = up.api("POST", f"deployments/{deployment}/create_flow_run", parameters=SMOKE, state=later)["id"]
-    for state in ("PENDING", "CANCELLING"):
-        up.api("POST", f"flow_runs/{run}/set_state", state={"type": state}, force=True)
-    assert up.state(run) == "CANCELLING"
-    assert up.finish(run) == "CANCELLED"
+    assert up.finish(ended["CANCELLING"]) == "CANCELLED"
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_cancelled_training_leaves_a_checkpoint_and_no_process(up: Up, processes: int) -> None:
     """Although no regular one is due. What it took is printed, and in docs/reliability.md."""
-    changes = ["ppo.updates=2000", "ppo.checkpoint_every=1000", f"resources.processes={processes}", "ppo.episodes=8"]
+    updates = f"ppo.updates={2000 + processes}"  # a PPO of its own, and the stages before it from the cache
+    changes = [updates, "ppo.checkpoint_every=1000", f"resources.processes={processes}", "ppo.episodes=8"]
     before = {*up.home.glob("work/ppo-*/metrics.jsonl")}
-    run = up.submit("preset/run", **SMOKE | {"overrides": [*changes, "resources.threads=1", f"seed={processes}"]})
+    run = up.submit("preset/run", **SMOKE | {"overrides": [*changes, "resources.threads=1"]})
     [journal] = wait_for(lambda: {*up.home.glob("work/ppo-*/metrics.jsonl")} - before, "an update of ppo")
     carriers = [one for one in up.tree() if one.environ().get("PREFECT__FLOW_RUN_ID") == run]
     began = time.monotonic()
@@ -270,39 +288,3 @@ def test_a_cancelled_training_leaves_a_checkpoint_and_no_process(up: Up, process
     assert not alive
     assert up.finish(run) == "CANCELLED"
     assert checkpoints.latest(journal.parent / "checkpoints") is not None
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left(tmp_path: Path, number: signal.Signals) -> None:
-    """Whatever ends it: no process stays, and no run stays Running, at the latest when it is started again.
-
-    A run that waits does not begin while the others end, but then; unless a person has paused the pool.
-    """
-    with started(tmp_path / "home", "--runs", "2") as first:
-        (first.project / "slow.py").write_text(SLOW)
-        asleep = first.project / "asleep"
-        changes = ["ppo.updates=2000", "ppo.checkpoint_every=1", "ppo.rewards={slow.py:slow: 1.0}"]
-        slow = first.submit("preset/run", **SMOKE | {"overrides": ["resources.threads=1", *changes]})
-        wait_for(lambda: list(first.home.glob("work/ppo-*/checkpoints/checkpoint-*")), "a checkpoint of ppo")
-        quick = first.submit("preset/run", **SMOKE | {"overrides": ["resources.threads=1", "seed=9"]})
-        wait_for(lambda: first.state(quick) == "RUNNING", "a run that waits for the slot, and ends at once")
-        waits = first.submit("preset/run", **SMOKE | {"dry_run": True})
-        if number != signal.SIGINT:  # by a person; and at SIGKILL as if by one that was just stopping
-            first.api("PATCH", "work_pools/rlhf", is_paused=True)
-        if number == signal.SIGKILL:
-            (first.home / PAUSED).touch()
-        asleep.unlink()
-        wait_for(asleep.exists, "a step that takes a while to end")
-        everyone = first.tree()
-        first.process.send_signal(number)
-        _, alive = psutil.wait_procs(everyone, timeout=90)
-        assert not alive
-        stopped = datetime.now(UTC)
-    with started(tmp_path / "home") as second:
-        ended = "CRASHED" if number == signal.SIGKILL else "CANCELLED"
-        assert (second.state(slow), second.state(quick)) == (ended, ended)
-        assert not (second.home / PAUSED).exists()
-        assert second.api("GET", "work_pools/rlhf")["is_paused"] == (number == signal.SIGTERM)
-        second.api("PATCH", "work_pools/rlhf", is_paused=False)
-        assert second.finish(waits) == "COMPLETED"
-        assert datetime.fromisoformat(second.api("GET", f"flow_runs/{waits}")["start_time"]) > stopped
