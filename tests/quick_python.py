@@ -22,9 +22,10 @@ FIRST = (
     *("torch", "torch.distributed.run", "numpy", "pandas", "pyarrow.parquet", "datasets", "safetensors.torch"),
     *("accelerate", "accelerate.commands.launch", "peft", "transformers", "transformers.trainer", "trl"),
     *(f"transformers.models.{name}.modeling_{name}" for name in ("gpt2", "llama", "t5")),
-    *("trl.trainer.sft_trainer", "trl.trainer.reward_trainer", "pydantic", "yaml", "fsspec"),
+    *("trl.trainer.sft_trainer", "trl.trainer.reward_trainer", "pydantic", "yaml", "fsspec", "rich.console"),
+    *("scipy.special", "nltk", "sacrebleu", "rouge_score.rouge_scorer", "matplotlib.backends.backend_agg"),
 )
-PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGTSTP)
 _started: list[str] = []
 
 
@@ -119,7 +120,9 @@ class Request:
         os.chdir(self._values["folder"])
         os.environ.clear()
         os.environ.update(self._values["environment"])
-        os.getppid = lambda: self._values["parent"]  # of what stands for this program, and ends when that parent does
+        # The parent is that of what stands for this program, and ends when that parent does. Forks have their own.
+        program, real = os.getpid(), os.getppid
+        os.getppid = lambda: self._values["parent"] if os.getpid() == program else real()
         random.seed()  # a new interpreter draws these seeds, torch's is a constant
         np.random.seed()
         code: object = 0
@@ -193,8 +196,8 @@ def serve(listener: socket.socket) -> None:
                 _tell_of_ends(programs, selector)
             elif key.data in programs:  # what stands for this program passes a signal on, or has ended
                 passed = programs[key.data].recv(1 << 10)
-                for number in passed or [signal.SIGKILL]:
-                    os.kill(key.data, number)
+                for number in passed or [signal.SIGKILL]:  # nobody can pass SIGSTOP on, so SIGTSTP means it
+                    os.kill(key.data, signal.SIGSTOP if number == signal.SIGTSTP else number)
                 if not passed:
                     selector.unregister(key.fileobj)
 

@@ -1,7 +1,7 @@
 """The real pipeline at smoke size, as a user runs it: whole processes, killed, doubled, damaged, with its code edited.
 
 The first run is shared; each test works on a copy of its home folder. That run is a fresh interpreter; what comes after
-it is forked (``tests.flows.forking``). The tables of Prefect and MLflow are there, as the servers make them.
+it is forked (``tests.quick_python``). The tables of Prefect and MLflow are there, as the servers make them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from rlhf.config.files import load
 from rlhf.stages import STAGES
 from rlhf.store import locked
 from rlhf.tracking.tracker import read_journal
-from tests.flows import forking
-from tests.flows.forking import Forked
+from tests import quick_python
 
 ROOT = Path(__file__).parents[2]
 LONGER = {"ppo.updates": 8, "ppo.checkpoint_every": 2}  # enough steps that a kill falls between two checkpoints
@@ -40,8 +39,15 @@ def environment(home: Path, code: Path = ROOT) -> dict[str, str]:
     return kept | {"RLHF_HOME": str(home), "PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
 
 
-def start(home: Path, *arguments: str, code: Path = ROOT) -> Forked:
-    return forking.start(arguments, environment(home, code), home.parent, code)
+def start(home: Path, *arguments: str, code: Path = ROOT) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [quick_python.executable(), "-m", "flows.commands.cli", *arguments],
+        env=environment(home, code),
+        cwd=home.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def interpreter(home: Path, *words: str) -> str:
@@ -195,7 +201,7 @@ def test_of_two_runs_the_one_left_finishes(finished: Path, home: Path) -> None:
     while not list(home.glob("work/ppo-*")):
         assert first.poll() is None, first.communicate()
         time.sleep(0.002)
-    first.send_signal(signal.SIGSTOP)  # it is in the stage, and holds its lock
+    first.send_signal(signal.SIGTSTP)  # it is in the stage, and holds its lock
     second = start(home, *RUN)
     while len(stages_of(home)) < 2 or "reward" not in stages_of(home)[1]:
         assert second.poll() is None, second.communicate()

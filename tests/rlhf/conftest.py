@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,12 +25,6 @@ from rlhf.tracking.tracker import Entry, JournalTracker, Tracker, read_journal
 
 WORDS = ["ant", "bee", "cat", "dog", "eel", "fox", "gnu", "hen"]
 SMALL: dict[str, Any] = {"batch_size": 8, "learning_rate": 1e-2, "log_every": 2, "checkpoint_every": 2, "epochs": 2}
-
-
-def pytest_collection_finish() -> None:
-    """What was imported stays. Otherwise each collection of garbage, after a training too, goes through all of it."""
-    gc.collect()
-    gc.freeze()
 
 
 class Killer(JournalTracker):
