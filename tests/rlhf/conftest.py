@@ -161,6 +161,12 @@ def toy(_inputs: Path, tmp_path: Path) -> Toy:
     return Toy(_inputs, tmp_path)
 
 
+@pytest.fixture(scope="module")
+def shared_toy(_inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Toy:
+    """The same for what all tests of a file read, and none of them changes."""
+    return Toy(_inputs, tmp_path_factory.mktemp("shared"))
+
+
 class TinyBert:
     """Makes folders with a small random BERT of a kind, and a tokenizer with [CLS] and [SEP] of its own."""
 

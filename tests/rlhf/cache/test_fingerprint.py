@@ -2,6 +2,7 @@
 
 import ast
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -152,14 +153,32 @@ def test_names_that_a_package_hands_out_stand_for_their_modules(
     assert code == {f"rlhf.metrics.{name}" for name in found}
 
 
-@pytest.mark.parametrize("stage", list(STAGES))
-def test_the_closure_is_what_a_stage_really_imports(stage: str) -> None:
-    """Every rlhf module that is loaded is fingerprinted, or lies in a folder that is left out."""
-    module = STAGES[stage].module
-    code = f"import sys, {module}; print(*sorted(m for m in sys.modules if m.split('.')[0] == 'rlhf'))"
-    loaded = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
-    files = {name: fingerprint.module_file(name) for name in loaded.stdout.split()}
-    assert {name for name, path in files.items() if path and shapes_numbers(path)} <= set(import_closure(module))
+IMPORTS = """
+import importlib, json, sys
+found = {}
+for module in sys.argv[1:]:
+    for name in [name for name in sys.modules if name.split(".")[0] == "rlhf"]:
+        del sys.modules[name]
+    importlib.import_module(module)
+    found[module] = [name for name in sys.modules if name.split(".")[0] == "rlhf"]
+print(json.dumps(found))
+"""
+
+
+def test_the_closure_is_what_each_stage_really_imports() -> None:
+    """Every rlhf module that is loaded is fingerprinted, or lies in a folder that is left out.
+
+    Each stage is imported anew, in a process where the libraries, which take long, stay.
+    """
+    modules = [spec.module for spec in STAGES.values()]
+    command = [sys.executable, "-W", "ignore", "-c", IMPORTS, *modules]
+    loaded = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert list(loaded) == modules
+    for module, names in loaded.items():
+        files = {name: fingerprint.module_file(name) for name in names}
+        assert module in files
+        missing = {name for name, path in files.items() if path and shapes_numbers(path)} - set(import_closure(module))
+        assert not missing, module
 
 
 def test_ppo_code_concerns_ppo_and_what_comes_after() -> None:

@@ -8,7 +8,7 @@ import pytest
 
 CODE = """
 import resource, torch
-from rlhf import allocator
+from rlhf.models import allocator
 if {keep}:
     allocator.keep_freed_memory()
 for _ in range(2):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,6 +20,23 @@ from rlhf.store import checkpoints, disk
 
 BOTH: dict[str, Any] = {"held_out": True, "max_steps": 5, "batch_size": 42}
 STEPS = 5
+
+
+class Whole(NamedTuple):
+    """A training of both that nothing interrupts: its context, its figures, what it logged, what it told of a step."""
+
+    context: Any
+    finals: dict[str, float]
+    curves: list[tuple[int, dict[str, float]]]
+    told: list[tuple[int, int]]
+
+
+@pytest.fixture(scope="module")
+def whole(shared_toy: Any) -> Whole:
+    context, told = shared_toy.context("reward", run="whole", reward=BOTH), list[tuple[int, int]]()
+    context.tracker.progress = lambda done, total, **live: told.append((done, total))
+    finals = reward.run(context)
+    return Whole(context, finals, shared_toy.curves("whole"), told)
 
 
 def weights(context: Any, part: str) -> bytes:
@@ -61,9 +78,8 @@ def test_after_the_last_seed_comes_the_first(toy: Any) -> None:
     assert [context.config.seed for context in contexts] == [2**32 - 1, 0]
 
 
-def test_its_figures(toy: Any) -> None:
-    context = toy.context("reward", reward=BOTH)
-    finals = reward.run(context)
+def test_its_figures(toy: Any, whole: Whole) -> None:
+    context, finals, *_ = whole
     columns = pq.read_table(toy.shared / "prepare/preferences/test.parquet").to_pydict()
     ours, theirs = (pairs_in_order(context, part, columns) for part in ("model", "held_out"))
     assert finals["reward/test_accuracy"] == pytest.approx(ours.mean())
@@ -87,13 +103,9 @@ def test_agreement_by_hand() -> None:
     assert held_out_model.finals(Scores(np.zeros(0), np.zeros(0)), Scores(np.zeros(0), np.zeros(0)), 0) == {}
 
 
-def test_curves_of_both_and_one_progress(toy: Any) -> None:
-    context = toy.context("reward", reward=BOTH)
-    told: list[tuple[int, int]] = []
-    context.tracker.progress = lambda done, total, **live: told.append((done, total))
-    reward.run(context)
-    assert told == [(step, 2 * STEPS) for step in range(1, 2 * STEPS + 1)]
-    prefix, curves = "reward/held_out/", toy.curves()
+def test_curves_of_both_and_one_progress(whole: Whole) -> None:
+    assert whole.told == [(step, 2 * STEPS) for step in range(1, 2 * STEPS + 1)]
+    prefix, curves = "reward/held_out/", whole.curves
     theirs = [(step, values) for step, values in curves if any(name.startswith(prefix) for name in values)]
     ours = [point for point in curves if point not in theirs]
     assert [(step, {f"reward/{name.removeprefix(prefix)}" for name in values}) for step, values in theirs] == [
@@ -106,38 +118,32 @@ def test_curves_of_both_and_one_progress(toy: Any) -> None:
 
 # ------------------------------------------------------------------------------------------------- stopping, resuming
 @pytest.mark.parametrize("step", [3, 5, 8])
-def test_resumes_bit_identically_in_either_training(step: int, toy: Any) -> None:
+def test_resumes_bit_identically_in_either_training(step: int, toy: Any, whole: Whole) -> None:
     """Checkpoints are at steps 2, 4 and 5 of each: in the first, at its end, after the second's first."""
-    whole = toy.context("reward", run="whole", reward=BOTH)
-    finals = reward.run(whole)
     with pytest.raises(KeyboardInterrupt):
         reward.run(toy.context("reward", tracker=toy.killer("run", step), reward=BOTH))
     again = toy.context("reward", reward=BOTH)
-    assert reward.run(again) == finals
+    assert reward.run(again) == whole.finals
     for part in ("model", "held_out"):
-        assert weights(again, part) == weights(whole, part)
-    assert toy.curves() == toy.curves("whole")
+        assert weights(again, part) == weights(whole.context, part)
+    assert toy.curves() == whole.curves
 
 
-def test_killed_after_both_it_trains_neither_again(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = toy.context("reward", run="whole", reward=BOTH)
-    finals = reward.run(whole)
+def test_killed_after_both_it_trains_neither_again(toy: Any, whole: Whole, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(reward, "normalisation", lambda *given: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
             reward.run(toy.context("reward", reward=BOTH))
     again, told = toy.context("reward", reward=BOTH), list[int]()
     again.tracker.progress = lambda done, total, **live: told.append(done)
-    assert reward.run(again) == finals
+    assert reward.run(again) == whole.finals
     assert told == []
-    assert toy.curves() == toy.curves("whole")
+    assert toy.curves() == whole.curves
 
 
 @pytest.mark.parametrize(("step", "message"), [(3, "after step 3 of 5"), (8, "after step 3 of 5"), (5, "after step 1")])
-def test_asked_to_end_it_leaves_a_checkpoint(step: int, message: str, toy: Any) -> None:
+def test_asked_to_end_it_leaves_a_checkpoint(step: int, message: str, toy: Any, whole: Whole) -> None:
     """In the first training, in the second, and between the two."""
-    whole = toy.context("reward", run="whole", reward=BOTH)
-    reward.run(whole)
     first = toy.context("reward", tracker=toy.asker(step), reward=BOTH)
     with pytest.raises(StoppedError, match=message):
         reward.run(replace(first, stop=first.tracker.stop))
@@ -146,7 +152,7 @@ def test_asked_to_end_it_leaves_a_checkpoint(step: int, message: str, toy: Any) 
     again = toy.context("reward", reward=BOTH)
     reward.run(again)
     for part in ("model", "held_out"):
-        assert weights(again, part) == weights(whole, part)
+        assert weights(again, part) == weights(whole.context, part)
 
 
 def test_there_must_be_room_for_both(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:

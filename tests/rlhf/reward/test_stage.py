@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,39 @@ def by_hand(model: Any, rows: list[list[int]]) -> torch.Tensor:
 def weights(context: Any) -> bytes:
     content: bytes = (context.out / "model/model.safetensors").read_bytes()
     return content
+
+
+@pytest.fixture(scope="module")
+def few(shared_toy: Any) -> Any:
+    """The context of a short training."""
+    context = shared_toy.context("reward", run="few", reward=FEW)
+    reward.run(context)
+    return context
+
+
+@pytest.fixture(scope="module")
+def learnt(shared_toy: Any) -> Any:
+    """The context of a long training, and what it logged."""
+    context = shared_toy.context("reward", run="learnt")
+    reward.run(context)
+    return context, shared_toy.curves("learnt")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shared_toy: Any) -> Callable[[int], tuple[dict[str, float], bytes, Any]]:
+    """Of a training that nothing interrupts, with adapters of a rank: figures, weights and what it logged."""
+
+    @cache
+    def run(lora_rank: int) -> tuple[dict[str, float], bytes, Any]:
+        context = shared_toy.context("reward", run=f"rank {lora_rank}", **options_of(lora_rank))
+        finals = reward.run(context)
+        return finals, weights(context), shared_toy.curves(f"rank {lora_rank}")
+
+    return run
+
+
+def options_of(lora_rank: int) -> dict[str, Any]:
+    return {"reward": {"max_steps": 5, "batch_size": 42}, "model": {"lora_rank": lora_rank}}
 
 
 # ---------------------------------------------------------------------------------------------------------- scoring
@@ -171,9 +206,8 @@ def test_learns_and_is_normalised(toy: Any, capfd: pytest.CaptureFixture[str], n
         assert [row[f"{side}_score"] for row in scores[:14]] == pytest.approx(expected, abs=1e-4)
 
 
-def test_curves(toy: Any) -> None:
-    reward.run(toy.context("reward"))
-    curves = toy.curves()
+def test_curves(learnt: Any) -> None:
+    curves = learnt[1]
     assert [step for step, values in curves if "reward/validation_loss" in values] == [0, 11, 22]
     assert [step for step, values in curves if "reward/loss" in values] == list(range(2, 23, 2))
     assert all(set(values) == set(curves[1][1]) for _, values in curves if "reward/loss" in values)
@@ -183,16 +217,14 @@ def test_curves(toy: Any) -> None:
     assert last["reward/validation_accuracy"] > 0.9
 
 
-def test_writes_a_model_and_scores_and_nothing_else(toy: Any) -> None:
-    context = toy.context("reward", reward=FEW)
-    reward.run(context)
-    assert {path.name for path in context.out.iterdir()} == {
+def test_writes_a_model_and_scores_and_nothing_else(toy: Any, few: Any) -> None:
+    assert {path.name for path in few.out.iterdir()} == {
         "model",
         "scores.parquet",
         "calibration.json",
         "calibration.png",
     }
-    written = context.out / "model"
+    written = few.out / "model"
     expected = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in written.iterdir()} == expected
     tokenizers = [(place / "tokenizer.json").read_text() for place in (written, toy.shared / "sft/model")]
@@ -201,19 +233,15 @@ def test_writes_a_model_and_scores_and_nothing_else(toy: Any) -> None:
     assert json.loads((written / "config.json").read_text())["use_cache"]
 
 
-def test_the_models_own_forward_gives_the_score_too(toy: Any) -> None:
+def test_the_models_own_forward_gives_the_score_too(toy: Any, few: Any) -> None:
     """With padding by the configuration's id, which is why that one is not end-of-sequence."""
-    context = toy.context("reward", reward=FEW)
-    reward.run(context)
-    model = loading.load_reward_model(context.out / "model")
+    model = loading.load_reward_model(few.out / "model")
     rows = rows_of(toy, "test", "chosen", model)
     ids = supervised.padded(rows, model.config.pad_token_id)
     with torch.no_grad():
         scores = model(ids).logits[:, 0].numpy() - model.config.score_mean
     columns = table(toy, "preferences", "test")
-    expected = RewardModel(model, loading.load_tokenizer(context.out / "model"))(
-        columns["prompt"], columns["chosen"], {}
-    )
+    expected = RewardModel(model, loading.load_tokenizer(few.out / "model"))(columns["prompt"], columns["chosen"], {})
     assert scores == pytest.approx(np.array(expected), abs=1e-5)
 
 
@@ -242,41 +270,33 @@ def test_without_demonstrations_the_chosen_texts_are_the_references(toy: Any, tm
     assert np.mean(scores) == pytest.approx(0.0, abs=1e-5)
 
 
-def test_a_reward_model_to_start_from_keeps_its_head(toy: Any) -> None:
-    first = toy.context("reward", run="first")
-    reward.run(first)
-    again = toy.context("reward", run="again", reward=FEW | {"path": str(first.out / "model")})
-    reward.run(again)
-    before, after = toy.curves("first")[-1][1], toy.curves("again")[0][1]
+def test_a_reward_model_to_start_from_keeps_its_head(toy: Any, learnt: Any) -> None:
+    first, curves = learnt
+    reward.run(toy.context("reward", reward=FEW | {"path": str(first.out / "model")}))
+    before, after = curves[-1][1], toy.curves()[0][1]
     assert after == pytest.approx(before, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- resuming, LoRA, NaN
 @pytest.mark.parametrize("lora_rank", [0, 2])
 @pytest.mark.parametrize("step", [1, 3, 4])
-def test_resumes_bit_identically(toy: Any, step: int, lora_rank: int) -> None:
-    options: dict[str, Any] = {"reward": {"max_steps": 5, "batch_size": 42}, "model": {"lora_rank": lora_rank}}
-    whole = toy.context("reward", run="whole", **options)
-    finals = reward.run(whole)
+def test_resumes_bit_identically(toy: Any, uninterrupted: Any, step: int, lora_rank: int) -> None:
+    options = options_of(lora_rank)
     with pytest.raises(KeyboardInterrupt):
         reward.run(toy.context("reward", tracker=toy.killer("run", step), **options))
     again = toy.context("reward", **options)
-    assert reward.run(again) == finals
-    assert weights(again) == weights(whole)
-    assert toy.curves() == toy.curves("whole")
+    assert (reward.run(again), weights(again), toy.curves()) == uninterrupted(lora_rank)
 
 
-def test_asked_to_end_it_leaves_a_checkpoint(toy: Any) -> None:
-    options: dict[str, Any] = {"reward": {"max_steps": 5, "batch_size": 42}}
-    whole = toy.context("reward", run="whole", **options)
-    reward.run(whole)
+def test_asked_to_end_it_leaves_a_checkpoint(toy: Any, uninterrupted: Any) -> None:
+    options = options_of(lora_rank=0)
     first = toy.context("reward", tracker=toy.asker(3), **options)
     with pytest.raises(StoppedError, match="reward: ended after step 3 of 5, as asked"):
         reward.run(replace(first, stop=first.tracker.stop))
     assert checkpoints.latest(first.checkpoints) == first.checkpoints / "checkpoint-3"
     again = toy.context("reward", **options)
     reward.run(again)
-    assert weights(again) == weights(whole)
+    assert weights(again) == uninterrupted(0)[1]
 
 
 def test_lora_is_merged_with_its_head(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -140,7 +140,7 @@ def test_first_step_is_that_of_a_hand_loop(pair: Any, micro: int) -> None:
 
 # --------------------------------------------------------------------------------------------------------- training
 def test_learns_to_copy_and_every_later_stage_opens_it(pair: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    context = pair.context("sft", sft={"epochs": 25})
+    context = pair.context("sft", sft={"epochs": 18})
     finals = sft.run(context)
     captured = capfd.readouterr()
     assert captured.out + captured.err == ""

@@ -178,20 +178,25 @@ def test_without_a_validation_split_there_is_no_validation_loss(toy: Any, tmp_pa
 
 
 # --------------------------------------------------------------------------------------------------------- resuming
-@pytest.fixture
-def dropout(toy: Any, tmp_path: Path) -> Any:
+@pytest.fixture(scope="module")
+def shared_dropout(shared_toy: Any) -> Any:
     """The toy with dropout in its model: what it draws must go on where it was."""
-    shared = shutil.copytree(toy.shared, tmp_path / "shared")
+    shared = shutil.copytree(shared_toy.shared, shared_toy.directory / "inputs")
     path = shared / "prepare/base/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"resid_pdrop": 0.2}))
-    return type(toy)(shared, tmp_path)
+    return type(shared_toy)(shared, shared_toy.directory)
 
 
 @pytest.fixture
-def uninterrupted(dropout: Any) -> tuple[dict[str, float], bytes, Any]:
-    context = dropout.context("sft", run="whole", sft=STEPS)
+def dropout(shared_dropout: Any, tmp_path: Path) -> Any:
+    return type(shared_dropout)(shared_dropout.shared, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shared_dropout: Any) -> tuple[dict[str, float], bytes, Any]:
+    context = shared_dropout.context("sft", run="whole", sft=STEPS)
     finals = sft.run(context)
-    return finals, weights(context), dropout.curves("whole")
+    return finals, weights(context), shared_dropout.curves("whole")
 
 
 def test_resumes_bit_identically_from_an_end_at_any_step(

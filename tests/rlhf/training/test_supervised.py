@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import random
@@ -83,6 +84,17 @@ def test_set_up_cpu() -> None:
     computing.set_up_cpu(Resources(threads=0))
     assert torch.get_num_threads() == 1
     torch.set_num_threads(before)
+
+
+def test_libraries_are_not_looked_through_for_garbage() -> None:
+    """Nor is a model that is made later kept for ever."""
+    gc.unfreeze()
+    computing._pass_over_libraries.cache_clear()
+    computing.set_up_cpu(Resources(threads=1))
+    frozen = gc.get_freeze_count()
+    assert frozen > 100_000
+    computing.set_up_cpu(Resources(threads=1))
+    assert gc.get_freeze_count() <= frozen
 
 
 @pytest.mark.parametrize(
