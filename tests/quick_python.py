@@ -5,8 +5,8 @@ pay each time. ``executable()`` is a command in place of ``sys.executable`` for 
 It stands for its program: environment, folder and streams are those that it is given, signals and exit status pass
 through, and if it is killed, so is the program. Of our own code nothing is imported before the fork.
 
-Programs forked from one process have one seed of hashes, and numbers that a library may have computed when it was
-imported: where that could matter, or where starting is what is tested, start a real one.
+Programs forked from one process have one seed of hashes: where that could matter, or where it is the start that is
+tested, start a real Python.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import os
 import signal
 import socket
 import sys
+from contextlib import suppress
 from typing import Any, NoReturn
 
 FIRST = (
@@ -59,7 +60,11 @@ def executable() -> str:
     def stop() -> None:
         assert server.stdin is not None
         server.stdin.close()  # also happens if this process is killed
-        server.wait()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:  # a fork of this process holds it open
+            server.kill()
+            server.wait()
         shutil.rmtree(folder)
 
     atexit.register(stop)
@@ -82,12 +87,20 @@ def run(address: str, arguments: list[str]) -> NoReturn:
     message = json.dumps(request).encode()
     socket.send_fds(server, [len(message).to_bytes(4, "big")], [0, 1, 2])
     server.sendall(message)
+
+    def pass_on(number: int, frame: object) -> None:
+        with suppress(OSError):  # the program has just ended
+            server.sendall(bytes([number]))
+
     for number in PASSED_ON:
         if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: server.sendall(bytes([number])))
+            signal.signal(number, pass_on)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     answer = server.recv(2)
-    status = int.from_bytes(answer, "big", signed=True) if answer else 70  # the server is gone
+    if not answer:
+        os.write(2, b"quick_python: the process that forks has ended\n")
+        os._exit(1)
+    status = int.from_bytes(answer, "big", signed=True)
     if status < 0:
         if -status in PASSED_ON:
             signal.signal(-status, signal.SIG_DFL)
@@ -204,8 +217,6 @@ def serve(listener: socket.socket) -> None:
 
 def _tell_of_ends(programs: dict[int, socket.socket], selector: Any) -> None:
     """Tell those that stand for programs which have ended how these have."""
-    from contextlib import suppress
-
     while programs:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if not pid:

@@ -41,31 +41,27 @@ def test_the_first_step_starts_at_ratio_one(
     assert abs(metrics["ppo/kl"]) > 1e-4
 
 
-@pytest.mark.parametrize("entropy_coef", [0.0, 0.01])
 @pytest.mark.parametrize(("architecture", "lora", "value"), KINDS)
 def test_gradients_do_not_depend_on_micro_batches(
-    architecture: str, lora: int, value: str, entropy_coef: float, make_trainer: MakeTrainer, experience: Any
+    architecture: str, lora: int, value: str, make_trainer: MakeTrainer, experience: Any
 ) -> None:
-    """Of rows as they are, and with much more padding, too."""
-    found = {}
+    """Of rows as they are, and with much more padding, too; with and without a bonus for entropy."""
+    trainer, found = make_trainer(architecture, lora=lora, value_model=value, max_grad_norm=1e9), {}
+    trainer.prepare()
     for budget in (16384, 40, 1):  # one micro-batch, several, one row each
-        trainer = make_trainer(
-            architecture,
-            lora=lora,
-            value_model=value,
-            micro_batch_tokens=budget,
-            entropy_coef=entropy_coef,
-            max_grad_norm=1e9,
-        )
-        trainer.prepare()
+        object.__setattr__(trainer.settings, "micro_batch_tokens", budget)
         batch = experience(trainer)
         batch = batch._replace(logprobs=batch.logprobs + 0.1, values=batch.values - 0.1)  # ratios other than 1
-        numbers = trainer.learner.backward(batch, torch.arange(8))
-        found[budget] = gradient_of(trainer), torch.tensor(numbers)
+        for entropy_coef in (0.0, 0.01):
+            object.__setattr__(trainer.settings, "entropy_coef", entropy_coef)
+            numbers = trainer.learner.backward(batch, torch.arange(8))
+            found[budget, entropy_coef] = gradient_of(trainer), torch.tensor(numbers)
+            trainer.learner.optimizer.zero_grad()
     assert len(set(batch.sequences.lengths.tolist())) > 3
-    for budget in (40, 1):
-        assert relative_difference(found[budget][0], found[16384][0]) < 1e-5
-        torch.testing.assert_close(found[budget][1], found[16384][1], rtol=1e-4, atol=1e-6)
+    for (_, entropy_coef), (gradient, numbers) in found.items():
+        assert relative_difference(gradient, found[16384, entropy_coef][0]) < 1e-5
+        torch.testing.assert_close(numbers, found[16384, entropy_coef][1], rtol=1e-4, atol=1e-6)
+    assert not torch.equal(found[40, 0.0][0], found[40, 0.01][0])
 
 
 @pytest.mark.parametrize(("architecture", "lora", "value"), KINDS)
