@@ -40,13 +40,13 @@ def test_the_layers_hold(copy: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "line", "contract"),
     [
-        ("rlhf/store/sizes.py", "import rlhf.config.pipeline", "The layers of rlhf"),
-        ("rlhf/store/sizes.py", "def f():\n    from rlhf.runs.records import read_runs", "The layers of rlhf"),
+        ("rlhf/store/disk.py", "import rlhf.config.pipeline", "The layers of rlhf"),
+        ("rlhf/store/disk.py", "def f():\n    from rlhf.runs.records import read_runs", "The layers of rlhf"),
         ("rlhf/models/adapt.py", "if TYPE_CHECKING:\n    from rlhf.config.model import Model", "The layers of rlhf"),
         ("rlhf/sft/stage.py", "from rlhf.reward import rows", "The layers of rlhf"),
         ("rlhf/config/fields.py", "from rlhf.config.pipeline import PipelineConfig", "No circles"),
         ("rlhf/anything.py", "", "The layers of rlhf"),  # a seventh file at the top has no layer
-        ("rlhf/store/sizes.py", "import numpy", "What is in no cache key computes nothing"),
+        ("rlhf/store/disk.py", "import numpy", "What is in no cache key computes nothing"),
         ("rlhf/config/explain.py", "from rlhf.metrics import text", "What is in no cache key computes nothing"),
         ("rlhf/tracking/mean.py", "def f():\n    import torch", "What is in no cache key computes nothing"),
         ("rlhf/cache/plan.py", "import mlflow", "The library knows neither Prefect nor MLflow"),

@@ -13,7 +13,7 @@ from flows.commands import options as given, summary
 from rlhf import champions
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.runs import read_runs
-from rlhf.store import STORE_VARIABLE, Manifest, SharingStore, Store, artifacts, home_directory, open_store, sizes
+from rlhf.store import STORE_VARIABLE, Manifest, SharingStore, Store, artifacts, disk, home_directory, open_store
 
 ABOUT = "Look at the artifact store, check it, clean it."
 
@@ -63,13 +63,13 @@ def ls(options: argparse.Namespace, console: Console) -> None:
         print(json.dumps(rows, indent=1))
         return
     table = [
-        (r["stage"], r["key"][:12], r["pipeline"] or "", sizes.size(r["bytes"] or 0),
+        (r["stage"], r["key"][:12], r["pipeline"] or "", disk.size(r["bytes"] or 0),
          time.strftime("%Y-%m-%d %H:%M", time.localtime(r["last_used"])), r["state"])
         for r in rows
     ]  # fmt: skip
     summary.print_table(("stage", "key", "pipeline", "size", "last used", "state"), table, console)
     console.print(
-        f"{len(rows)} artifacts, {sizes.size(sum(r['bytes'] or 0 for r in rows))} in {store.root}", soft_wrap=True
+        f"{len(rows)} artifacts, {disk.size(sum(r['bytes'] or 0 for r in rows))} in {store.root}", soft_wrap=True
     )
 
 
@@ -117,6 +117,6 @@ def gc(options: argparse.Namespace, console: Console) -> None:
     }
     deleted = store.collect_garbage(keep | champions.artifacts_in_use(store.home), dry_run=options.dry_run)
     for path, size in deleted:
-        console.print(f"{path}  {sizes.size(size)}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{path}  {disk.size(size)}", highlight=False, markup=False, soft_wrap=True)
     verb = "would free" if options.dry_run else "freed"
-    console.print(f"{len(deleted)} deleted, {verb} {sizes.size(sum(size for _, size in deleted))}")
+    console.print(f"{len(deleted)} deleted, {verb} {disk.size(sum(size for _, size in deleted))}")

@@ -49,11 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: argparse.Namespace, console: Console) -> None:
     """Show runs side by side."""
-    from rlhf.runs import compared
+    from rlhf.runs import comparison
 
     store = Store(home_directory(options.home))
     records = _records(options, store)
-    rows = compared.side_by_side([compared.read(record, store) for record in records])
+    rows = comparison.side_by_side([comparison.read(record, store) for record in records])
     known = list(dict.fromkeys(name for row in rows for name in row.metrics))
     chosen = _chosen(options.metrics, known)
     if options.json or options.csv:

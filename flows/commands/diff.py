@@ -61,22 +61,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command(options: argparse.Namespace, console: Console) -> None:
     """Compare two runs."""
-    from rlhf.runs import compared
+    from rlhf.runs import comparison
 
     store = Store(home_directory(options.home))
-    a, b = (compared.read(find_run(store.home, name), store) for name in (options.a, options.b))
+    a, b = (comparison.read(find_run(store.home, name), store) for name in (options.a, options.b))
     if options.json:
-        print(json.dumps(compared.as_json(a, b), indent=1))
+        print(json.dumps(comparison.as_json(a, b), indent=1))
         return
     for letter, side in (("A", a), ("B", b)):
         console.print(f"{letter}  {_named(side.record)}", highlight=False, markup=False, soft_wrap=True)
     became: dict[str, list[str]] = {}
-    for stage, what in compared.stages(a, b).items():
+    for stage, what in comparison.stages(a, b).items():
         became.setdefault(what, []).append(stage)
     words = {"same": "the same artifact", "same result": "made anew with the same result", "different": "differs"}
     print_table(("stages", ""), [(", ".join(names), words.get(what, what)) for what, names in became.items()], console)
-    _print_changes(compared.changes(a, b), console)
-    _print_figures(compared.compare(a, b), options.all, console)
+    _print_changes(comparison.changes(a, b), console)
+    _print_figures(comparison.compare(a, b), options.all, console)
 
 
 def _named(record: RunRecord) -> str:

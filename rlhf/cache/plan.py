@@ -29,8 +29,8 @@ from rlhf.prepare.sources import Source, sources
 from rlhf.rewards.registry import find, is_builtin
 from rlhf.stages import STAGES, StageName, enabled_stages, reads_base, stage_inputs, stage_modules
 from rlhf.store.artifacts import FileHashes, Manifest, Store
+from rlhf.store.disk import size
 from rlhf.store.locations import expanded, named_by_argument
-from rlhf.store.sizes import size
 
 NEVER_RUN = "never run"
 FUNCTIONS = {  # the settings by which a stage names the functions that it calls

@@ -9,7 +9,7 @@ from rlhf import lazily
 
 if TYPE_CHECKING:
     from rlhf.champions.gate import Verdict
-    from rlhf.champions.record import (
+    from rlhf.champions.ledger import (
         CHAMPION,
         Change,
         Considered,

@@ -19,7 +19,7 @@ import torch
 
 from rlhf import metrics, rewards
 from rlhf.champions.gate import Figures, Pair
-from rlhf.champions.record import Contender
+from rlhf.champions.ledger import Contender
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.promotion import trained_on
 from rlhf.errors import ConfigError, DataError, RlhfError

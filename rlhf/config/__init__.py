@@ -10,9 +10,9 @@ from rlhf import lazily
 if TYPE_CHECKING:
     from rlhf.config.data import KINDS
     from rlhf.config.fields import written
-    from rlhf.config.files import Preset, dump, load, presets
     from rlhf.config.pipeline import PipelineConfig
     from rlhf.config.resources import Resources
     from rlhf.config.yaml12 import read_mapping, write_value
+    from rlhf.config.yaml_files import Preset, dump, load, presets
 else:
     __getattr__ = lazily(__name__)

@@ -9,6 +9,6 @@ from rlhf import lazily
 
 if TYPE_CHECKING:
     from rlhf.report.files import write
-    from rlhf.report.model import Sources, sources_of
+    from rlhf.report.sources import Sources, sources_of
 else:
     __getattr__ = lazily(__name__)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from rlhf.report.model import sources_of
 from rlhf.report.page import page
+from rlhf.report.sources import sources_of
 from rlhf.runs.records import REPORT, RunRecord
 from rlhf.store.artifacts import Store
 

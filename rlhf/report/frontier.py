@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from rlhf.report import charts
 from rlhf.report.charts import Curve
-from rlhf.report.model import Figure, Section, Sources, Table
+from rlhf.report.sources import Figure, Section, Sources, Table
 from rlhf.report.words import number, score_name, significant
 
 NAN = math.nan

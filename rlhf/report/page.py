@@ -11,10 +11,10 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 import rlhf
-from rlhf.report import frontier, making, provenance, results
-from rlhf.report.model import Section, Sources
+from rlhf.report import frontier, provenance, results, training
 from rlhf.report.people import people
 from rlhf.report.samples import samples
+from rlhf.report.sources import Section, Sources
 from rlhf.report.verdict import verdict
 from rlhf.report.words import moment, visible
 from rlhf.runs import headlines
@@ -34,8 +34,8 @@ def page(sources: Sources) -> str:
         found=_present(results.metrics(sources), results.comparisons(sources), people(sources),
                        frontier.overoptimisation(sources), results.distributions(sources), results.lengths(sources)),
         samples=samples(sources),
-        made=_present(making.data(sources), *making.curves(sources), making.reward_model(sources),
-                      making.models(sources), making.cost(sources), provenance.config(sources),
+        made=_present(training.data(sources), *training.curves(sources), training.reward_model(sources),
+                      training.models(sources), training.cost(sources), provenance.config(sources),
                       provenance.versions(sources), provenance.lineage(sources)),
         style=Markup(style),  # both are files of this package
         script=Markup(script),

@@ -8,8 +8,8 @@ from typing import Any
 
 from rlhf.report import charts
 from rlhf.report.charts import Dot
-from rlhf.report.model import Figure, Section, Sources, Table
 from rlhf.report.results import pair_of, three
+from rlhf.report.sources import Figure, Section, Sources, Table
 from rlhf.report.words import interval, number, percent, percents, score_name
 
 KAPPA = "Cohen’s kappa is 1 where two readers always agree, and 0 where they agree as often as by chance."

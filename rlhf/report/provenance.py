@@ -6,12 +6,12 @@ import json
 from collections.abc import Iterator
 
 from rlhf.config.fields import Section as ConfigSection, written
-from rlhf.config.files import dump
 from rlhf.config.yaml12 import write_value
+from rlhf.config.yaml_files import dump
 from rlhf.report import charts
-from rlhf.report.model import Figure, Folded, Section, Sources, Table
+from rlhf.report.sources import Figure, Folded, Section, Sources, Table
 from rlhf.report.words import DASH
-from rlhf.store import sizes
+from rlhf.store import disk
 
 SHORT = 12  # characters of a digest or key
 
@@ -71,7 +71,7 @@ def lineage(sources: Sources) -> Section | None:
         edges += [(source, stage) for source in reads]
         cached = bool(sources.record.stages.get(stage, {}).get("cached"))
         became = "cached" if cached else "computed"
-        names.append((stage, f"{became}, {sizes.size(manifest.size)}, {manifest.digest[:SHORT]}"))
+        names.append((stage, f"{became}, {disk.size(manifest.size)}, {manifest.digest[:SHORT]}"))
         read = "; ".join(f"{source}: {', '.join(parts)}" for source, parts in reads.items())
         short = (manifest.key[:SHORT], manifest.digest[:SHORT])
         rows.append((stage, "cache" if cached else "computed", read or DASH, *short, manifest.run_id or DASH))

@@ -9,7 +9,7 @@ from typing import Any
 from rlhf.metrics.labels import LABELS, label
 from rlhf.report import charts
 from rlhf.report.charts import Dot, Spread
-from rlhf.report.model import Figure, Folded, Section, Sources, Table
+from rlhf.report.sources import Figure, Folded, Section, Sources, Table
 from rlhf.report.words import (
     interval,
     number,

@@ -9,7 +9,7 @@ import numpy as np
 from markupsafe import escape
 
 from rlhf.metrics.labels import label
-from rlhf.report.model import Sources
+from rlhf.report.sources import Sources
 from rlhf.report.verdict import judge_of
 from rlhf.report.words import in_sentence, number, score_name, shortened, visible
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from rlhf.report.model import Sources
+from rlhf.report.sources import Sources
 from rlhf.report.words import in_sentence, interval, listed, number, p_value, percents, policy, score_name, value_of
 
 Tone = Literal["good", "bad", "open"]

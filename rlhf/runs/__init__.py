@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rlhf import lazily
 
 if TYPE_CHECKING:
-    from rlhf.runs.compared import NO_INTERVAL, Change, Compared, Row
+    from rlhf.runs.comparison import NO_INTERVAL, Change, Compared, Row
     from rlhf.runs.generate import Response, Sampling
     from rlhf.runs.headlines import duration, figures, sentences, value
     from rlhf.runs.policies import Place, Trained

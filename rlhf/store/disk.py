@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rlhf.errors import StorageError
-from rlhf.store.sizes import size
 
 CHECKPOINTS = 3  # at once: two that are kept, and the one being written
 MOMENTS_BYTES = 8  # two numbers of AdamW for each one that learns
@@ -74,3 +73,13 @@ def _says_full(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def size(count: int) -> str:
+    """Bytes as ``1.2 MB``."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.95:  # more is written as 1000.0
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.1f} TB"

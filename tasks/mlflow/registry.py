@@ -1,7 +1,7 @@
 """MLflow's model registry: its alias ``champion``, and the way from a registered model back to files.
 
 The registered models are ``<pipeline>`` and ``<pipeline>-reward``; a run registers its own, by its journal
-(``tasks.mlflow.files.register``). The alias ``champion`` follows ``rlhf.champions.record``, which is the truth, so
+(``tasks.mlflow.files.register``). The alias ``champion`` follows ``rlhf.champions.ledger``, which is the truth, so
 that MLflow being away changes nothing: what it was not told is told by the next run or command. All of it may be done
 twice.
 """
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from rlhf.champions import Change, Considered, Contender, record as champion, registered_names
+from rlhf.champions import Change, Considered, Contender, ledger as champion, registered_names
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.store import Store, digest_of, manifest_of
 from tasks.mlflow.files import ABSENT, version_of

@@ -21,7 +21,7 @@ from prefect.settings import PREFECT_UI_URL
 from rlhf.cache import StagePlan
 from rlhf.runs import REPORT, headlines
 from rlhf.stages import enabled_stages
-from rlhf.store import sizes
+from rlhf.store import disk
 from tasks.mlflow.journal import PARENT
 from tasks.mlflow.server import tracking_uri
 from tasks.mlflow.sync import run_urls
@@ -112,7 +112,7 @@ def _stages(run: Run) -> str:
             became,
             "; ".join(plan.reasons),
             _short(plan.key),
-            sizes.size(manifest.size) if manifest else "",
+            disk.size(manifest.size) if manifest else "",
             headlines.duration(manifest.seconds) if manifest else "",
             f"[run]({links[stage]})" if stage in links else "",
             ", ".join(again),

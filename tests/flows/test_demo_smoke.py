@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.files import load
+from rlhf.config.yaml_files import load
 from rlhf.stages import STAGES
 from rlhf.store import locked
 from rlhf.tracking.tracker import read_journal

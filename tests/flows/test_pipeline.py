@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from rlhf.champions import record as champion
-from rlhf.champions.record import Contender
-from rlhf.config.files import load
+from rlhf.champions import ledger as champion
+from rlhf.champions.ledger import Contender
+from rlhf.config.yaml_files import load
 from rlhf.stages import STAGES
 
 Rlhf = Callable[..., tuple[int, str, str]]

@@ -27,7 +27,7 @@ from transformers import (
     T5Config,
 )
 
-from rlhf.config.files import load, presets
+from rlhf.config.yaml_files import load, presets
 from rlhf.models import loading
 from rlhf.prepare.tokens import train_tokenizer
 

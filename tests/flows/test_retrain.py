@@ -17,11 +17,11 @@ from prefect.states import Completed
 
 from flows import retrain
 from flows.retrain import Approval
-from rlhf.champions import record as champion
+from rlhf.champions import ledger as champion
 from rlhf.champions.gate import Condition, Figures, Verdict
-from rlhf.champions.record import Contender
-from rlhf.config.files import load
+from rlhf.champions.ledger import Contender
 from rlhf.config.pipeline import PipelineConfig
+from rlhf.config.yaml_files import load
 from rlhf.errors import DataError
 from tasks.mlflow import registry
 

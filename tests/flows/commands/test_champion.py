@@ -12,9 +12,9 @@ import pytest
 from mlflow import MlflowClient
 
 from flows.commands.cli import main
-from rlhf.champions import contest, record as champion
+from rlhf.champions import contest, ledger as champion
 from rlhf.champions.gate import Figures, Pair
-from rlhf.champions.record import Considered, Contender
+from rlhf.champions.ledger import Considered, Contender
 from rlhf.runs.records import RunRecord, read_runs
 from rlhf.store.artifacts import Store
 from tasks.mlflow.server import default_uri

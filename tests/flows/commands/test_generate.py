@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from rlhf.cache.plan import Planner
-from rlhf.config.files import load
 from rlhf.config.pipeline import PipelineConfig
+from rlhf.config.yaml_files import load
 from rlhf.models import loading
 from rlhf.prepare.random_weights import random_model
 from rlhf.prepare.tokens import train_tokenizer

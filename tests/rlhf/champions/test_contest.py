@@ -14,7 +14,7 @@ import torch
 
 from rlhf.champions import contest, gate
 from rlhf.champions.gate import Figures, Pair
-from rlhf.champions.record import Contender
+from rlhf.champions.ledger import Contender
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.context import Context
 from rlhf.evaluate import output, stage as evaluate

@@ -9,8 +9,8 @@ from accelerate.commands.config.config_args import ClusterConfig
 
 from rlhf.cache.plan import Planner, key_of
 from rlhf.config.accelerate_file import check_file
-from rlhf.config.files import load
 from rlhf.config.resources import Resources
+from rlhf.config.yaml_files import load
 from rlhf.errors import ConfigError
 from rlhf.store.artifacts import Store
 from tests.rlhf.projects import good

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config import files as settings
+from rlhf.config import yaml_files as settings
 from rlhf.context import Context
 from rlhf.errors import InputError
 from rlhf.prepare.stage import run

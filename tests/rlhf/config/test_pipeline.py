@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from rlhf.config import files as settings
+from rlhf.config import yaml_files as settings
 from rlhf.config.fields import Section
 from rlhf.config.pipeline import PipelineConfig
 

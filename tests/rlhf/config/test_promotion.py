@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from rlhf.config.files import load, presets
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.config.promotion import trained_on
+from rlhf.config.yaml_files import load, presets
 from rlhf.errors import ConfigError
 
 SCORERS = {

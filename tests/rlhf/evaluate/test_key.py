@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.cache import plan
 from rlhf.cache.plan import Planner
-from rlhf.config import files as settings
+from rlhf.config import yaml_files as settings
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import ConfigError
 from rlhf.store.artifacts import Store

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any, get_args
 
-from rlhf.config import files as settings
+from rlhf.config import yaml_files as settings
 from rlhf.config.judge import Judge
 from rlhf.judge.judges import ByComparison
 

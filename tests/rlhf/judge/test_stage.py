@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf.config import files as settings
+from rlhf.config import yaml_files as settings
 from rlhf.context import Context
 from rlhf.errors import DataError
 from rlhf.judge import stage as judge

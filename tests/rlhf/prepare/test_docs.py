@@ -12,7 +12,7 @@ import pytest
 import yaml
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from rlhf.config import files as settings
+from rlhf.config import yaml_files as settings
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.models import loading
 from rlhf.prepare.stage import check

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoModelForCausalLM
 
-from rlhf.config import files as settings
+from rlhf.config import yaml_files as settings
 from rlhf.context import Context
 from rlhf.errors import DataError, InputError
 from rlhf.models.loading import load_tokenizer

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf.report import charts, svg, words
 from rlhf.report.charts import Curve, Dot, Spread
-from rlhf.report.making import thin
+from rlhf.report.training import thin
 from tests.rlhf.report_sources import EVIL, STRANGE
 
 # --- charts

@@ -13,7 +13,7 @@ import pytest
 from transformers import BertModel
 
 from rlhf import rewards
-from rlhf.config import files as settings
+from rlhf.config import yaml_files as settings
 
 DOCS = (Path(__file__).parents[3] / "docs" / "rewards.md").read_text(encoding="utf-8")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf.runs import headlines
-from rlhf.store import sizes
+from rlhf.store import disk
 
 METRICS = {
     "evaluate/sft/words": -0.2, "evaluate/sft/words_low": -0.26, "evaluate/sft/words_high": -0.14,
@@ -110,7 +110,7 @@ def test_durations_and_sizes() -> None:
     assert [headlines.duration(seconds) for seconds in (0.04, 59.94, 65, 3725)] == [
         "0.0 s", "59.9 s", "1 m 05 s", "62 m 05 s",
     ]  # fmt: skip
-    assert [sizes.size(count) for count in (999, 1500, 999_949, 999_950, 2_000_000, 3 * 10**12)] == [
+    assert [disk.size(count) for count in (999, 1500, 999_949, 999_950, 2_000_000, 3 * 10**12)] == [
         "999 B",
         "1.5 kB",
         "999.9 kB",

@@ -19,8 +19,8 @@ from mlflow import MlflowClient
 from transformers import PreTrainedTokenizerFast
 
 from flows.team.server import free_port
-from rlhf.champions import record as champion
-from rlhf.champions.record import Considered, Contender
+from rlhf.champions import ledger as champion
+from rlhf.champions.ledger import Considered, Contender
 from rlhf.config.pipeline import PipelineConfig
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.models import loading

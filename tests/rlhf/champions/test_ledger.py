@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from rlhf.cache.plan import StagePlan
-from rlhf.champions import record as champion
-from rlhf.champions.record import Considered, Contender, news
+from rlhf.champions import ledger as champion
+from rlhf.champions.ledger import Considered, Contender, news
 from rlhf.errors import ArtifactError, ConfigError
 from rlhf.store.artifacts import Manifest, Store
 

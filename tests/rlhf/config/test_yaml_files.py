@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.config import files as settings
+from rlhf.config import yaml_files as settings
 from rlhf.config.fields import written
 from rlhf.errors import ConfigError
 

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf.champions.record import find_run
+from rlhf.champions.ledger import find_run
 from rlhf.errors import ConfigError
-from rlhf.runs.compared import Compared, Side, as_json, changes, compare, read, side_by_side, stages
+from rlhf.runs.comparison import Compared, Side, as_json, changes, compare, read, side_by_side, stages
 from rlhf.statistics.intervals import Estimate
 from rlhf.store.artifacts import Store
 from tests.rlhf.made_runs import make_run, samples

@@ -8,11 +8,11 @@ from typing import Any
 
 from rlhf.report import charts
 from rlhf.report.charts import Curve
-from rlhf.report.model import Figure, Folded, Section, Sources, Table
 from rlhf.report.results import spread
+from rlhf.report.sources import Figure, Folded, Section, Sources, Table
 from rlhf.report.words import DASH, energy, interval, number, percent, score_name, significant
 from rlhf.runs import headlines
-from rlhf.store import sizes
+from rlhf.store import disk
 from rlhf.tracking.tracker import Entry
 
 SPLITS = {"train": "one", "validation": "two", "test": "three"}
@@ -233,7 +233,7 @@ def cost(sources: Sources) -> Section | None:
         spent += 0.0 if cached else manifest.seconds
         cells = [_COSTS[name][1](costs[stage][name]) if name in costs[stage] else DASH for name in known]
         rows.append((stage, "cached" if cached else "computed", headlines.duration(manifest.seconds), *cells,
-                     sizes.size(manifest.size), manifest.device or DASH))  # fmt: skip
+                     disk.size(manifest.size), manifest.device or DASH))  # fmt: skip
     total = sum(manifest.seconds for manifest in sources.manifests.values())
     words = [
         f"All stages together took {headlines.duration(total)}; this run computed for {headlines.duration(spent)}."
@@ -248,7 +248,7 @@ def cost(sources: Sources) -> Section | None:
 
 
 def _bytes(count: float) -> str:
-    return sizes.size(int(count)) if math.isfinite(count) else DASH
+    return disk.size(int(count)) if math.isfinite(count) else DASH
 
 
 _COSTS: dict[str, Any] = {
