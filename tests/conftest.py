@@ -70,16 +70,16 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def common(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of all processes that run tests."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture(scope="session")
-def prefect_api(shared: Path) -> str:
+def prefect_api(common: Path) -> str:
     """A Prefect API of this test process's own."""
-    tables, database = shared / "prefect.db", _STATE / "prefect" / "prefect.db"
+    tables, database = common / "prefect.db", _STATE / "prefect" / "prefect.db"
     if tables.exists():  # another process has made them
         database.parent.mkdir(exist_ok=True)
         shutil.copy(tables, database)
@@ -95,9 +95,9 @@ def prefect_api(shared: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def prefect_tables(prefect_api: str, shared: Path) -> Path:
+def prefect_tables(prefect_api: str, common: Path) -> Path:
     """The SQLite file of a Prefect server at its first start, to be copied: making its tables takes 5 s of CPU."""
-    return shared / "prefect.db"
+    return common / "prefect.db"
 
 
 @pytest.fixture(scope="session")

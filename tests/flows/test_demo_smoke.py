@@ -85,9 +85,9 @@ def digests(home: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def finished(shared: Path, prefect_tables: Path, mlflow_tables: Path) -> Path:
+def finished(common: Path, prefect_tables: Path, mlflow_tables: Path) -> Path:
     """The home folder of a pipeline that has run once, undisturbed: one for all processes that run tests."""
-    folder, home = shared / "finished", shared / "finished" / "home"
+    folder, home = common / "finished", common / "finished" / "home"
     with locked(folder / "lock"):
         if not (folder / "done").exists():
             (home / "prefect").mkdir(parents=True)
