@@ -67,9 +67,9 @@ class Progress:
             values.append(metrics[f"ppo/{name}"])
 
     def evaluated(self, update: int, columns: Mapping[str, Tensor], planned: int) -> dict[str, float]:
-        """Keep an evaluation, of which ``heldout.measure`` gave the columns, and return its metrics.
+        """Keep an evaluation, of which ``validation.measure`` gave the columns, and return its metrics.
 
-        Those of ``heldout.summary``, and ``overoptimised/<name>`` of each judge. ``planned`` is the number of
+        Those of ``validation.summary``, and ``overoptimised/<name>`` of each judge. ``planned`` is the number of
         evaluations of the whole training.
         """
         proxy, judges = columns["score"], validation.judged(columns)

@@ -9,7 +9,8 @@ Either way scores are then shifted so that the demonstrated responses score 0 on
 ``score_mean`` and ``score_std`` of the model's configuration, score = (logit - score_mean) / score_std. After a
 regression a score of 1 is thus one standard deviation of the ratings above the references.
 
-With ``reward.held_out`` a second model is trained after the first one, and shifted in the same way: ``reward.second``.
+With ``reward.held_out`` a second model is trained after the first one, and shifted in the same way: see
+``rlhf.reward.held_out_model``.
 """
 
 from __future__ import annotations
