@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy.dialects.postgresql.asyncpg import dialect
 from sqlalchemy.engine import make_url
 
+from flows.commands.up import add_arguments
 from flows.team import up
 from rlhf.errors import ConfigError
 
@@ -28,7 +29,7 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def options(*arguments: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
-    up.add_arguments(parser)
+    add_arguments(parser)
     return parser.parse_args(arguments)
 
 
