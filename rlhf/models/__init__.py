@@ -10,6 +10,6 @@ from rlhf import lazily
 if TYPE_CHECKING:
     from rlhf.models.adapt import add_lora
     from rlhf.models.dtypes import Dtype
-    from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer, save
+    from rlhf.models.loading import load_policy, load_reward_model, load_tokenizer, prompt_token_ids, save
 else:
     __getattr__ = lazily(__name__)
